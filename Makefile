@@ -1,0 +1,64 @@
+# The first target that needs it makes a virtual environment, with all tools, and builds the extensions in
+# place.  Variables: PYTHON (an interpreter >= 3.11), VENV, ARGS (for pytest: make test ARGS="-k A01 -x").
+
+PYTHON ?= $(shell tools/find-python)
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := setup.py $(wildcard src/pgbgw/*.pyx src/pgbgw/*.pxd src/pgbgw/*.h)
+EXTENSIONS := $(patsubst src/pgbgw/%.pyx,pgbgw.%,$(wildcard src/pgbgw/*.pyx))
+
+.PHONY: build lint format type test test-all check demo dist clean
+# Builds for different interpreters share the generated C.
+.NOTPARALLEL:
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint src
+	$(BIN)/codespell
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: build
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml $(EXTENSIONS)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: test-3.11 test-3.12 test-3.13
+
+test-%:
+	python=$$(tools/find-python $*) && $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-$*
+
+check: lint type test
+
+demo: build
+	$(BIN)/python examples/checksums.py
+
+dist: $(VENV)/.ready
+	$(BIN)/python -m build
+
+# Leaves the virtual environments; the next build fills them again.
+clean:
+	rm -rf build dist src/pgbgw.egg-info src/pgbgw/*.so src/pgbgw/_*.c .venv*/.built
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find src tests examples tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --upgrade --group dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Compiles only what changed since.
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
