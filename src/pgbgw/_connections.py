@@ -1,0 +1,464 @@
+"""The supervisor's end of every connection: who is attached, and who wants to hear what.
+
+A client is a process: one client id (cid), bound to a pidfd, however many connections it has.  Its
+cid lives until that pidfd is readable, or until it says DETACH; end-of-file on a connection frees
+nothing but the connection (a forked child may hold the other end, or a live process have closed it
+with an operation in flight).
+
+Nothing here can block: all calls are MSG_DONTWAIT, reading is bounded, and a client that does not
+read loses notifications, never our time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from pgbgw import _kernel, _wire
+from pgbgw._launch import send_descriptors
+from pgbgw._log import RateLimit
+from pgbgw._poller import Poller
+from pgbgw._slots import SupervisorView
+from pgbgw._wire import Message, pack, unpack
+from pgbgw.worker import ShutdownMode
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 16_384  # in all
+MAX_CONNECTIONS_PER_PROCESS = 256
+MAX_SUBSCRIPTIONS = 1 << 20
+ACCEPTS_PER_PASS = 64
+_NONBLOCKING = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_UCRED = struct.Struct("3i")
+
+Final = tuple[int, int, int, int, int]  # kind, exit code, signal, restarts, Unix time in ns
+
+
+class Requests(Protocol):
+    """What clients may ask of the supervisor besides being told."""
+
+    def terminate(self, slot: int, generation: int, grace_ns: int) -> None: ...
+    def cancel(self, slot: int, generation: int) -> None: ...
+    def wake(self, slot: int, generation: int) -> None: ...
+    def stop(self, mode: ShutdownMode, requester: ClientProcess) -> None: ...
+    def is_worker(self, pid: int) -> bool: ...
+
+
+class ClientProcess:
+    """A process that is attached."""
+
+    __slots__ = ("cid", "connections", "is_worker", "pid", "pidfd")
+
+    def __init__(self, pid: int, pidfd: int, cid: int, is_worker: bool) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.cid = cid
+        self.is_worker = is_worker
+        self.connections: list[Connection] = []  # the first is its own: it hears of its workers
+
+
+class Connection:
+    """One SEQPACKET connection; `process` is None until it has said who it is."""
+
+    __slots__ = ("fd", "nonce", "overflowed", "pid", "pidfd", "process", "slots", "sock")
+
+    def __init__(self, sock: socket.socket, pid: int, pidfd: int) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.pid = pid
+        self.pidfd = pidfd  # until the process has it
+        self.nonce = secrets.randbits(64)
+        self.process: ClientProcess | None = None
+        self.slots: set[int] = set()  # subscribed to
+        self.overflowed = False
+
+
+class Connections:
+    def __init__(
+        self,
+        poller: Poller,
+        view: SupervisorView,
+        descriptors: Sequence[int],
+        allow: Sequence[str] | None,
+        requests: Requests,
+    ) -> None:
+        """descriptors: outbox, inbox and our own pidfd, for every client."""
+        self._poller = poller
+        self._view = view
+        self._descriptors = list(descriptors)
+        self._allow = b"" if allow is None else json.dumps(list(allow)).encode()
+        self._requests = requests
+        self._connections: dict[int, Connection] = {}
+        self._processes: dict[int, ClientProcess] = {}  # by pid, all of them alive or not noticed
+        self._by_cid: dict[int, ClientProcess] = {}
+        self._subscribers: dict[int, set[Connection]] = {}  # by slot; of its present generation
+        self._subscriptions = 0
+        self._accepting = True
+        self._noise = RateLimit(1, 10)
+        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept connections from here on.  The listener is ours to close."""
+        self._listener = listener
+        self._poller.add(listener.fileno(), self._accept)
+
+    # --- who is there -----------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Is any process attached?  Without one nobody can damage or lose anything."""
+        return bool(self._processes)
+
+    def clients_left(self, requester: ClientProcess | None) -> int:
+        """How many processes a smart shutdown waits for."""
+        return sum(
+            1
+            for p in self._processes.values()
+            if p is not requester and not p.is_worker and p.connections
+        )
+
+    def refuse_new(self) -> None:
+        """A smart shutdown has begun: only further connections of those who are here."""
+        self._accepting = False
+
+    # --- coming -----------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_PER_PASS):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    self._shed()
+                    return
+                continue  # that one has gone away already
+            self._greet(sock)
+
+    def _shed(self) -> None:
+        """Out of descriptors: turn one away with the spare, lest the listener stays readable."""
+        self._complain("out of file descriptors: a connection was turned away")
+        if self._spare_fd < 0:
+            return
+        os.close(self._spare_fd)
+        self._spare_fd = -1
+        try:
+            self._listener.accept()[0].close()
+        except OSError:
+            pass
+        try:
+            self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass
+
+    def _greet(self, sock: socket.socket) -> None:
+        """Bind the connection to a pidfd, then ask the peer to speak: a process with that pid was
+        alive before and after, hence it is the one (where the kernel cannot simply tell)."""
+        try:
+            sock.setblocking(False)
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            pid, uid, _ = _UCRED.unpack(raw)
+            if uid != os.geteuid() or pid <= 0:
+                raise PermissionError(f"connection from another user ({uid})")
+            if len(self._connections) >= MAX_CONNECTIONS:
+                raise OSError("too many connections")
+            pidfd = _kernel.peer_pidfd(sock.fileno())
+            if pidfd < 0:
+                pidfd = os.pidfd_open(pid)
+        except OSError as exc:
+            self._complain("a connection was refused: %s", exc)
+            sock.close()
+            return
+        connection = Connection(sock, pid, pidfd)
+        self._watch(connection)
+        self._send(connection, pack(Message.CHALLENGE, generation=connection.nonce))
+
+    def join(self, pid: int) -> tuple[bytes, list[int], socket.socket] | str:
+        """A worker's own connection: WELCOME, its descriptors and its end, or why not.
+
+        The caller sends them over the worker's channel and closes the end.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            return str(exc)
+        try:
+            _kernel.refuse_rights(ours.fileno())
+            ours.setblocking(False)
+            connection = Connection(ours, pid, os.pidfd_open(pid))
+        except OSError as exc:
+            ours.close()
+            theirs.close()
+            return str(exc)
+        self._watch(connection)
+        admitted = self._admit(connection)
+        if isinstance(admitted, str):
+            theirs.close()
+            self._drop(connection)
+            return admitted
+        return self._welcome(admitted), [*self._descriptors, theirs.fileno()], theirs
+
+    def _watch(self, connection: Connection) -> None:
+        self._connections[connection.fd] = connection
+        self._poller.add(
+            connection.fd,
+            lambda: self._read(connection),
+            lambda: self._writable(connection),
+        )
+
+    def _hello(self, connection: Connection, pid: int, nonce: int, body: bytes) -> None:
+        if connection.process is not None:
+            return
+        admitted: ClientProcess | str
+        if pid != connection.pid or nonce != connection.nonce:
+            admitted = "the connection is not that process's own"
+        elif body[:4] != struct.pack("<I", _wire.PROTOCOL):
+            admitted = "the supervisor speaks another version of the protocol"
+        else:
+            admitted = self._admit(connection)
+        if isinstance(admitted, str):
+            self._send(connection, pack(Message.REFUSED, body=admitted.encode()))
+            self._drop(connection)
+            return
+        message = self._welcome(admitted)
+        try:
+            send_descriptors(connection.sock, message, self._descriptors)
+        except OSError as exc:
+            self._complain("could not welcome process %d: %s", connection.pid, exc)
+            self._drop(connection)
+
+    def _welcome(self, process: ClientProcess) -> bytes:
+        body = _wire.WELCOME.pack(process.cid, 1 if self._allow else 0) + self._allow
+        return pack(Message.WELCOME, body=body)
+
+    def _admit(self, connection: Connection) -> ClientProcess | str:
+        """Bind the connection to its process's client, a new one if need be; or say why not."""
+        known = self._processes.get(connection.pid)
+        if known is not None and _is_dead(known.pidfd):
+            self._process_gone(known)  # the number is another process's by now
+            known = None
+        if known is not None:
+            if len(known.connections) >= MAX_CONNECTIONS_PER_PROCESS:
+                return "this process has too many connections"
+        else:
+            is_worker = self._requests.is_worker(connection.pid)
+            if not self._accepting and not is_worker:
+                return "the supervisor is shutting down"
+            cid = self._view.new_client()
+            if cid == 0:
+                return "too many processes are attached"
+            known = ClientProcess(connection.pid, connection.pidfd, cid, is_worker)
+            connection.pidfd = -1
+            self._processes[known.pid] = known
+            self._by_cid[cid] = known
+            process = known
+            self._poller.add(known.pidfd, lambda: self._process_gone(process))
+        if connection.pidfd >= 0:
+            os.close(connection.pidfd)
+            connection.pidfd = -1
+        connection.process = known
+        known.connections.append(connection)
+        return known
+
+    # --- going ------------------------------------------------------------------------------
+
+    def _drop(self, connection: Connection) -> None:
+        """The connection is over; its process may live on."""
+        if self._connections.pop(connection.fd, None) is None:
+            return
+        for slot in connection.slots:
+            self._unsubscribed(connection, slot)
+        connection.slots = set()
+        self._poller.remove(connection.fd)
+        connection.sock.close()
+        if connection.pidfd >= 0:
+            os.close(connection.pidfd)
+            connection.pidfd = -1
+        if connection.process is not None:
+            connection.process.connections.remove(connection)
+
+    def _process_gone(self, process: ClientProcess) -> None:
+        """Dead, or detached: its cid may be reused after a round of the sweep."""
+        if self._by_cid.pop(process.cid, None) is None:
+            return
+        del self._processes[process.pid]
+        for connection in list(process.connections):
+            self._drop(connection)
+        self._poller.remove(process.pidfd)
+        os.close(process.pidfd)
+        self._view.client_gone(process.cid)
+
+    def close(self) -> None:
+        """Stop listening, and hang up.  Clients learn of our end by our pidfd."""
+        self._poller.remove(self._listener.fileno())
+        self._listener.close()
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        for process in self._processes.values():
+            self._poller.remove(process.pidfd)
+            os.close(process.pidfd)
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def _read(self, connection: Connection) -> None:
+        for _ in range(_wire.MAX_READS):
+            try:
+                data = connection.sock.recv(_wire.MAX_MESSAGE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop(connection)
+                return
+            self._obey(connection, data)
+            if connection.fd not in self._connections:
+                return
+
+    def _obey(self, connection: Connection, data: bytes) -> None:
+        message = unpack(data)
+        if message is None:
+            self._complain("a malformed message from process %d was ignored", connection.pid)
+            return
+        type, slot, generation, body = message
+        if type == Message.KICK:  # it woke us; the bitmap says where to look
+            return
+        if type == Message.HELLO:
+            self._hello(connection, slot, generation, body)
+            return
+        process = connection.process
+        if process is None:
+            self._complain("process %d sends before it has said who it is", connection.pid)
+            return
+        if type == Message.SUBSCRIBE:
+            self.subscribe(connection, slot, generation)
+        elif type == Message.UNSUBSCRIBE:
+            self._unsubscribe(connection, slot, generation)
+        elif type == Message.TERMINATE and len(body) >= _wire.GRACE.size:
+            grace = max(-1, _wire.GRACE.unpack_from(body)[0])
+            self._requests.terminate(slot, generation, grace)
+        elif type == Message.CANCEL:
+            self._requests.cancel(slot, generation)
+        elif type == Message.WAKE:
+            self._requests.wake(slot, generation)
+        elif type == Message.STOP and slot in list(ShutdownMode)[1:]:
+            self._requests.stop(ShutdownMode(slot), process)
+        elif type == Message.DETACH:
+            self._process_gone(process)
+        else:
+            self._complain("an unknown message from process %d was ignored", connection.pid)
+
+    def _complain(self, message: str, *args: object) -> None:
+        """Log what a client did wrong, at a bounded rate."""
+        if self._noise.allow(time.monotonic()):
+            logger.warning(message, *args)
+
+    # --- telling ----------------------------------------------------------------------------
+
+    def subscribe_registrant(self, cid: int, slot: int) -> None:
+        """A new registration asked for notification: its registrant's first connection hears."""
+        process = self._by_cid.get(cid)
+        if process is not None and process.connections:
+            connection = process.connections[0]
+            if slot not in connection.slots and self._subscriptions < MAX_SUBSCRIPTIONS:
+                self._add(connection, slot)
+
+    def tell_registrant(self, cid: int, slot: int, generation: int, outcome: Final) -> None:
+        """A registration ended before it was known: its registrant hears, besides subscribers."""
+        self.notify_final(slot, generation, outcome)
+        process = self._by_cid.get(cid)
+        if process is not None and process.connections:
+            message = pack(Message.FINAL, slot, generation, _wire.FINAL.pack(*outcome))
+            self._send(process.connections[0], message)
+
+    def subscribe(self, connection: Connection, slot: int, generation: int) -> None:
+        """From now on tell of every change; and tell once now, so that nothing falls between."""
+        current = self._view.generation(slot)
+        if generation > current or current == 0:  # damaged or forged: nothing will ever come
+            self._complain("process %d subscribes to what does not exist", connection.pid)
+            return
+        if generation == current and slot not in connection.slots:
+            if self._subscriptions >= MAX_SUBSCRIPTIONS:
+                self._send(connection, pack(Message.CAPACITY, slot, generation))
+                return
+            self._add(connection, slot)
+        self._send(connection, pack(Message.NOTIFY, slot, generation))
+
+    def _add(self, connection: Connection, slot: int) -> None:
+        connection.slots.add(slot)
+        self._subscribers.setdefault(slot, set()).add(connection)
+        self._subscriptions += 1
+
+    def _unsubscribe(self, connection: Connection, slot: int, generation: int) -> None:
+        if generation == self._view.generation(slot) and slot in connection.slots:
+            connection.slots.remove(slot)
+            self._unsubscribed(connection, slot)
+
+    def _unsubscribed(self, connection: Connection, slot: int) -> None:
+        subscribers = self._subscribers[slot]
+        subscribers.remove(connection)
+        self._subscriptions -= 1
+        if not subscribers:
+            del self._subscribers[slot]
+
+    def notify(self, slot: int, generation: int) -> None:
+        """Something changed, and the outbox says what: always store first, then notify."""
+        subscribers = self._subscribers.get(slot)
+        if subscribers:
+            message = pack(Message.NOTIFY, slot, generation)
+            for connection in subscribers:
+                self._send(connection, message)
+
+    def notify_final(self, slot: int, generation: int, outcome: Final) -> None:
+        """The slot is free again; the outcome goes along, since the slot's detail may be reused
+        before the client looks."""
+        subscribers = self._subscribers.pop(slot, None)
+        if subscribers:
+            message = pack(Message.FINAL, slot, generation, _wire.FINAL.pack(*outcome))
+            self._subscriptions -= len(subscribers)
+            for connection in subscribers:
+                connection.slots.discard(slot)
+                self._send(connection, message)
+
+    def _send(self, connection: Connection, message: bytes) -> None:
+        """Send if there is room.  If not, one OVERFLOW follows when there is: messages carry no
+        state that is not in the outbox, or that "lost" does not cover."""
+        if connection.overflowed:
+            return
+        try:
+            connection.sock.send(message, _NONBLOCKING)
+        except BlockingIOError:
+            connection.overflowed = True
+            self._poller.want_write(connection.fd, True)
+        except OSError:
+            pass  # broken: reading it will say so
+
+    def _writable(self, connection: Connection) -> None:
+        try:
+            connection.sock.send(pack(Message.OVERFLOW), _NONBLOCKING)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        connection.overflowed = False
+        if connection.fd in self._connections:
+            self._poller.want_write(connection.fd, False)
+
+
+def _is_dead(pidfd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,263 @@
+"""Processes the supervisor starts: fork, or a fresh interpreter; their signals and their end.
+
+The order in a new process is fixed: parent-death signal first, then the check that the parent is
+still there (the other order leaks an orphan), then a session of its own.  Stop signals stay blocked
+until the worker's own handlers are in, so none is lost and none meets the supervisor's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NoReturn
+
+from pgbgw import _kernel
+from pgbgw._wire import HEAD, MAX_MESSAGE, MAX_READS, Message, pack
+
+# Everything that asks a process to stop, to reload or to look.
+BLOCKED_SIGNALS = frozenset(
+    {
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    }
+)
+
+
+def interpreter_command(module: str, function: str, path: Sequence[str], *args: str) -> list[str]:
+    """The command line of a fresh interpreter that calls module.function(*args).
+
+    The module search path is handed on as it is, the flags of this interpreter too; nothing is
+    added to the path and the user's `__main__` is not run.
+    """
+    code = (
+        "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+        f"from {module} import {function}; {function}(*sys.argv[2:])"
+    )
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if "-P" not in flags:
+        flags.append("-P")
+    return [sys.executable, *flags, "-c", code, json.dumps(list(path)), *args]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every worker of a supervisor finds around it; fixed when the supervisor starts."""
+
+    address: str
+    path: list[str]  # sys.path, absolute
+    directory: str
+    environ: dict[str, str]
+    open_files: tuple[int, int]  # RLIMIT_NOFILE as it was
+    workers_lock: int  # a descriptor that every worker inherits
+    own_descriptors: tuple[int, ...]  # ours below first_descriptor: workers close them
+    first_descriptor: int  # from here on all descriptors are ours
+    log_level: int
+    delay: float = 0.0  # post_auth_delay
+    supervisor: int = field(default_factory=os.getpid)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one worker is told besides its record; plain values, so that it travels as JSON."""
+
+    epoch: int
+    slot: int  # -1: the startup worker, which has none
+    generation: int
+    memory: int  # descriptor of the domain's shared memory, -1: none
+    last_outcome: dict[str, Any] | None = None  # fields of an Outcome
+
+
+class Child:
+    """A process we launched and have not reaped.  Until then its pid cannot be anybody else's."""
+
+    __slots__ = ("attached", "channel", "clean", "error", "hung_up", "pid", "pidfd", "started")
+
+    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.channel = channel
+        self.started = time.monotonic_ns()
+        self.attached = False  # the dead-man switch: see Message.ATTACHED, CLEAN
+        self.clean = False
+        self.error = b""
+        self.hung_up = False  # nothing more will come on the channel
+
+    def signal(self, signum: int) -> None:
+        """Signal the process alone; nothing happens if it has just died."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signum)
+        except ProcessLookupError:
+            pass
+
+    def signal_group(self, signum: int) -> None:
+        """Signal the process and its group once; the process alone if it has no group yet."""
+        try:
+            os.killpg(self.pid, signum)
+        except (ProcessLookupError, PermissionError):
+            self.signal(signum)
+
+    def messages(self, limit: int = MAX_READS) -> list[tuple[int, bytes]]:
+        """What the process has sent, at most `limit` messages.
+
+        Keeps the dead-man switch and the error up to date.
+        """
+        found: list[tuple[int, bytes]] = []
+        while len(found) < limit:
+            try:
+                data = self.channel.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if len(data) < HEAD.size:
+                self.hung_up = True
+                break
+            type, body = HEAD.unpack_from(data)[0], data[HEAD.size :]
+            if type == Message.ATTACHED:
+                self.attached = True
+            elif type == Message.CLEAN:
+                self.clean = True
+            elif type == Message.ERROR:
+                self.error = body
+            found.append((type, body))
+        return found
+
+    def reap(self) -> tuple[int | None, int | None]:
+        """(exit code, signal) of the process, which is dead; (None, None) if it was not ours."""
+        try:
+            status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return None, None
+        if status is None:
+            return None, None
+        if status.si_code == os.CLD_EXITED:
+            return status.si_status, None
+        return None, status.si_status
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        self.channel.close()
+
+
+# What runs in a forked worker: it is given its end of the channel and never returns.
+Body = Callable[[socket.socket], NoReturn]
+
+
+def fork(surroundings: Surroundings, memory: int, body: Body) -> Child:
+    """Fork a process that runs body.  OSError if there is no room for one."""
+    ours, theirs = _channel()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _run_child(surroundings, memory, theirs, body)
+        return _adopt(pid, ours)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+
+
+def spawn(
+    surroundings: Surroundings, assignment: Assignment, record: bytes, function: str
+) -> Child:
+    """Start a fresh interpreter that runs pgbgw._child.<function>: PostgreSQL's EXEC_BACKEND.
+
+    It finds its assignment and its record on its channel.
+    """
+
+    def body(channel: socket.socket) -> NoReturn:
+        keep = [channel.fileno(), surroundings.workers_lock]
+        if assignment.memory >= 0:
+            keep.append(assignment.memory)
+        for fd in keep:
+            os.set_inheritable(fd, True)
+        command = interpreter_command(
+            "pgbgw._child", function, surroundings.path, str(channel.fileno())
+        )
+        os.chdir(surroundings.directory)
+        os.execve(command[0], command, surroundings.environ)
+
+    child = fork(surroundings, assignment.memory, body)
+    told = {
+        "assignment": asdict(assignment),
+        # The environment went by exec; it may be larger than a message.
+        "surroundings": asdict(replace(surroundings, environ={})),
+    }
+    # An empty channel has room for both; a child that is dead already is found by its pidfd.
+    try:
+        launch = pack(Message.LAUNCH, body=json.dumps(told).encode())
+        child.channel.send(launch, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        launch = pack(Message.LAUNCH, body=record)
+        child.channel.send(launch, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError as exc:
+        child.signal(signal.SIGKILL)
+        child.error = f"could not send the launch data: {exc}".encode()
+    return child
+
+
+def _channel() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _kernel.refuse_rights(ours.fileno())
+    return ours, theirs
+
+
+def _adopt(pid: int, channel: socket.socket) -> Child:
+    try:
+        return Child(pid, os.pidfd_open(pid), channel)
+    except OSError:
+        # Out of descriptors: as if the fork had failed.  The pid is still ours to kill and reap.
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
+def _run_child(
+    surroundings: Surroundings, memory: int, channel: socket.socket, body: Body
+) -> NoReturn:
+    """The first instructions of every process we launch.  Nothing may get out of here."""
+    try:
+        _kernel.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != surroundings.supervisor:
+            os._exit(1)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for fd in surroundings.own_descriptors:
+            os.close(fd)
+        keep = {channel.fileno(), surroundings.workers_lock, memory}
+        first = surroundings.first_descriptor
+        for fd in sorted(k for k in keep if k >= first):
+            if first < fd:
+                _kernel.close_range(first, fd - 1)
+            first = fd + 1
+        _kernel.close_range(first)
+        body(channel)
+    except BaseException:  # an exec that failed, above all: tell why and be gone
+        try:
+            import traceback
+
+            text = traceback.format_exc()
+            channel.send(pack(Message.ERROR, body=text.encode()[-512:]), socket.MSG_DONTWAIT)
+            os.write(2, text.encode())
+        except BaseException:
+            pass
+    finally:
+        os._exit(1)
+
+
+def send_descriptors(channel: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+    """One message with descriptors, without waiting."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+    channel.sendmsg([message], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -1,0 +1,96 @@
+"""What the supervisor waits for: descriptors, and points in time.
+
+Every descriptor has a callback that reads without blocking; being called once too often is
+harmless.  All times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+import select
+import time
+from collections.abc import Callable
+from itertools import count
+
+EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
+Callback = Callable[[], None]
+
+
+class Poller:
+    """An epoll set.  A descriptor is removed before it is closed: a copy of it in a forked child
+    would keep the entry alive otherwise."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, tuple[Callback, Callback | None]] = {}
+
+    def add(self, fd: int, readable: Callback, writable: Callback | None = None) -> None:
+        """Watch fd for reading; `writable` is called only while want_write() asks for it."""
+        self._epoll.register(fd, EPOLLIN)
+        self._callbacks[fd] = (readable, writable)
+
+    def want_write(self, fd: int, wanted: bool) -> None:
+        self._epoll.modify(fd, EPOLLIN | EPOLLOUT if wanted else EPOLLIN)
+
+    def remove(self, fd: int) -> None:
+        del self._callbacks[fd]
+        self._epoll.unregister(fd)
+
+    def wait(self, timeout_ns: int | None) -> None:
+        """Wait for at most timeout_ns (None: for ever), then call back for all that is ready."""
+        # Rounded up: a timer must not be met by a pass just before its time.
+        timeout = None if timeout_ns is None else max(0, -(-timeout_ns // 1_000_000)) / 1000
+        for fd, events in self._epoll.poll(timeout):
+            # What an earlier callback of this batch removed is no longer here.
+            readable, writable = self._callbacks.get(fd, (None, None))
+            if events & EPOLLOUT and writable is not None:
+                writable()
+            if events & ~EPOLLOUT and readable is not None:
+                readable()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class Timer:
+    """A callback that is due at a point in time, unless it is cancelled before."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: int, callback: Callback) -> None:
+        self.due = due
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Timers:
+    """A heap of timers; cancelled ones are dropped when they come up."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Timer]] = []
+        self._order = count()
+
+    def after(self, delay_ns: int, callback: Callback) -> Timer:
+        timer = Timer(time.monotonic_ns() + delay_ns, callback)
+        heapq.heappush(self._heap, (timer.due, next(self._order), timer))
+        return timer
+
+    def next_due(self) -> int | None:
+        while self._heap and self._heap[0][2].callback is None:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def run(self, now: int) -> None:
+        """Call back all that is due.  Timers set meanwhile wait for the next pass."""
+        due = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        for timer in due:
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback()

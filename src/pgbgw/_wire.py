@@ -1,0 +1,65 @@
+"""The messages on a connection, where clients and workers meet the supervisor beside shared memory.
+
+Every message is one SEQPACKET datagram: a head (type, slot, generation) and, with some, a body.
+Doorbells (KICK) are sent by the C core.  Nothing on this path decides by a pid, and no descriptor
+travels towards the supervisor.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+PROTOCOL = 1
+HEAD = struct.Struct("<IIQ")
+MAX_MESSAGE = 1024  # bytes a client or a worker may send at once; what is longer is cut off
+MAX_READS = 64  # messages read from one connection in one pass of the loop
+
+GRACE = struct.Struct("<q")  # TERMINATE: ns until SIGKILL, -1: never
+WELCOME = struct.Struct("<HH")  # cid, what follows: the allow list as JSON
+FINAL = struct.Struct("<IiiIq")  # kind, exit code, signal, restarts, Unix time in ns
+
+
+class Message(IntEnum):
+    """slot and generation name a registration unless it says otherwise."""
+
+    # client -> supervisor
+    KICK = 1  # look at the dirty bits
+    HELLO = 2  # slot: own pid, generation: the challenge's nonce; body: protocol
+    SUBSCRIBE = 3  # answered by one NOTIFY at once (or FINAL), then one for every change
+    UNSUBSCRIBE = 4
+    TERMINATE = 5  # body: grace; TERM is already set in shared memory
+    CANCEL = 6  # SIGINT to the worker
+    WAKE = 7  # end the worker's wait
+    STOP = 8  # slot: ShutdownMode
+    DETACH = 9  # nothing is in flight and the mapping is gone
+    # worker -> supervisor, on its own channel
+    ATTACHED = 16  # about to use the domain's shared memory: from here on it may leave it dirty
+    READY = 17
+    CONSISTENT = 18  # the startup worker alone
+    TITLE = 19  # body: what it does now
+    ERROR = 20  # body: the end of a traceback
+    CLEAN = 21  # its last act
+    JOIN = 22  # wants a client connection; answered by WELCOME with it, or REFUSED
+    # supervisor -> client
+    CHALLENGE = 32  # generation: a nonce
+    WELCOME = 33  # body: WELCOME; with outbox, inbox, pidfd (and, after JOIN, the connection)
+    REFUSED = 34  # body: why
+    NOTIFY = 35  # look at the slot
+    FINAL = 36  # it is gone; body: FINAL
+    OVERFLOW = 37  # messages were dropped: look at everything
+    CAPACITY = 38  # not subscribed: too many are
+    # supervisor -> worker
+    LAUNCH = 48  # body: JSON; then the record in a message of its own (spawn)
+    AWAKE = 49
+
+
+def pack(type: Message, slot: int = 0, generation: int = 0, body: bytes = b"") -> bytes:
+    return HEAD.pack(type, slot, generation) + body
+
+
+def unpack(data: bytes) -> tuple[int, int, int, bytes] | None:
+    """(type, slot, generation, body), or None if it is too short to be a message."""
+    if len(data) < HEAD.size:
+        return None
+    return *HEAD.unpack_from(data), data[HEAD.size :]

@@ -1,0 +1,471 @@
+"""The supervisor's workers: from acceptance over launches, exits and restarts to oblivion.
+
+The table has an entry for every registration that the supervisor knows (PostgreSQL's list of
+RegisteredBgWorker).  What is to happen is decided in _policy; here it is done.  Status is always
+stored before anybody is notified, and a process is forgotten only when it is reaped.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+from pgbgw import _launch, _policy
+from pgbgw._child import run_forked
+from pgbgw._connections import Connections
+from pgbgw._launch import Assignment, Child, Surroundings
+from pgbgw._log import RateLimit, describe
+from pgbgw._poller import Poller, Timer, Timers
+from pgbgw._slots import SupervisorView
+from pgbgw._wire import Message, pack
+from pgbgw.worker import OUTCOME_KINDS, Flags, Phase, StartTime
+
+logger = logging.getLogger(__name__)
+
+EXITED, SIGNALED, REJECTED, CANCELLED, LAUNCH_FAILED, LOST = range(1, len(OUTCOME_KINDS))
+LAUNCH_NS = 2_000_000  # launches of one pass of the loop, about
+LAST_WORDS = 4096  # messages read from a dead worker; a grandchild may go on sending for ever
+
+
+class Domain(Protocol):
+    """The crash domain, as the table sees it."""
+
+    memory: int
+
+    def may_start(self, start_time: StartTime) -> bool: ...
+    def crashed(self, what: str) -> None: ...
+    def member_gone(self) -> None: ...
+
+
+class RegisteredWorker:
+    """A registration and what has become of it (RegisteredBgWorker)."""
+
+    __slots__ = (
+        "child",
+        "entry",
+        "failures",
+        "flags",
+        "generation",
+        "launches",
+        "name",
+        "order",
+        "outcome",
+        "restart_ns",
+        "slot",
+        "start_time",
+        "stop_timeout_ns",
+        "terminated",
+        "timer",
+        "type",
+    )
+
+    def __init__(self, view: SupervisorView, slot: int) -> None:
+        self.slot = slot
+        self.generation = view.generation(slot)
+        (
+            self.name,
+            self.type,
+            self.entry,
+            self.flags,
+            start_time,
+            _,
+            self.restart_ns,
+            self.stop_timeout_ns,
+            registered,
+        ) = view.registration(slot)
+        self.start_time = StartTime(start_time)
+        # Launch order: first registered, first launched.  The client's word for it, which can at
+        # most bring it to the front.
+        self.order = min(registered, time.monotonic_ns())
+        self.child: Child | None = None
+        self.terminated = False  # never (re)start it (rw_terminate)
+        self.launches = 0
+        self.failures = 0  # in a row
+        self.outcome: dict[str, Any] | None = None  # of the last run, for the next
+        self.timer: Timer | None = None  # until the restart, or until SIGKILL
+
+    @property
+    def shmem_access(self) -> bool:
+        return bool(self.flags & Flags.SHMEM_ACCESS)
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self.launches - 1)
+
+    def __str__(self) -> str:
+        pid = self.child.pid if self.child is not None else None
+        return describe(self.name, self.type, pid, self.slot, self.generation)
+
+    def set_timer(self, timer: Timer | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = timer
+
+
+class WorkerTable:
+    """All registrations, the queue of those to be launched, and the processes that run."""
+
+    connections: Connections
+    domain: Domain
+
+    def __init__(
+        self,
+        view: SupervisorView,
+        poller: Poller,
+        timers: Timers,
+        surroundings: Surroundings,
+        start_method: str,
+        allow: Iterable[str] | None,
+    ) -> None:
+        self._view = view
+        self._poller = poller
+        self._timers = timers
+        self._surroundings = surroundings
+        self._start_method = start_method
+        self._allow = None if allow is None else tuple(allow)
+        self._workers: dict[int, RegisteredWorker] = {}  # by slot
+        self._by_pid: dict[int, RegisteredWorker] = {}  # those that run
+        # Those to be launched, by what they wait for: heaps of (order, slot, generation).
+        self._queues: dict[tuple[StartTime, bool], list[tuple[int, int, int]]] = {
+            (start_time, shmem): [] for start_time in StartTime for shmem in (False, True)
+        }
+        self._launch_noise = RateLimit(1, 10)
+        self.stopping = False
+
+    def __iter__(self) -> Iterator[RegisteredWorker]:
+        return iter(list(self._workers.values()))
+
+    def running(self) -> list[RegisteredWorker]:
+        return list(self._by_pid.values())
+
+    def get(self, slot: int, generation: int) -> RegisteredWorker | None:
+        worker = self._workers.get(slot)
+        return worker if worker is not None and worker.generation == generation else None
+
+    def has_pid(self, pid: int) -> bool:
+        return pid in self._by_pid
+
+    # --- coming and going -------------------------------------------------------------------
+
+    def accepted(self, slot: int, cid: int) -> None:
+        """A registration was taken over from the inbox."""
+        worker = self._workers[slot] = RegisteredWorker(self._view, slot)
+        logger.debug("registering %s", worker)
+        if self._view.registration(slot)[5]:
+            self.connections.subscribe_registrant(cid, slot)
+        if cid and self._allow is not None and not self._allowed(worker.entry):
+            reason = f'entry point "{worker.entry}" is not allowed'
+            logger.warning("%s rejected: %s", worker, reason)
+            self.forget(worker, REJECTED, error=reason.encode())
+            return
+        self._enqueue(worker)
+
+    def _allowed(self, entry: str) -> bool:
+        """Does a pattern match?  "mylib.*" takes mylib.jobs:f, "mylib:*" only mylib's own."""
+        return any(fnmatchcase(entry, pattern) for pattern in self._allow or ())
+
+    def forget(
+        self,
+        worker: RegisteredWorker,
+        kind: int,
+        exitcode: int = 0,
+        signum: int = 0,
+        error: bytes = b"",
+    ) -> None:
+        """Unregister for good and tell whoever waits (ForgetBackgroundWorker)."""
+        now = time.time_ns()
+        slot, generation, restarts = worker.slot, worker.generation, worker.restarts
+        logger.debug("unregistering %s", worker)
+        worker.set_timer(None)
+        del self._workers[slot]
+        self._view.set_outcome(slot, kind, exitcode, signum, restarts, True, now, error)
+        self._view.free(slot)
+        self.connections.notify_final(slot, generation, (kind, exitcode, signum, restarts, now))
+
+    def _forget_idle(self, worker: RegisteredWorker) -> None:
+        """Unregister one that does not run: cancelled, or in a restart gap that will not end."""
+        if worker.outcome is None:
+            self.forget(worker, CANCELLED)
+            return
+        last = worker.outcome
+        self.forget(
+            worker,
+            OUTCOME_KINDS.index(last["kind"]),
+            last["exitcode"] or 0,
+            last["signal"] or 0,
+            (last["error"] or "").encode(),
+        )
+
+    def forget_unstarted(self) -> None:
+        """At a stop: what does not run now never will (ForgetUnstartedBackgroundWorkers).
+
+        Unlike PostgreSQL's this reaches every registration, waited for or not.
+        """
+        for worker in self:
+            if worker.child is None:
+                self._forget_idle(worker)
+
+    # --- stopping ---------------------------------------------------------------------------
+
+    def terminate(self, worker: RegisteredWorker, grace_ns: int = -1) -> None:
+        """Never start it again; SIGTERM once if it runs, SIGKILL to its group after grace_ns (or
+        its own stop_timeout; -1: never)."""
+        first, worker.terminated = not worker.terminated, True
+        if worker.child is None:
+            self._forget_idle(worker)
+            return
+        if first:
+            worker.child.signal(signal.SIGTERM)
+            grace_ns = grace_ns if grace_ns >= 0 else worker.stop_timeout_ns
+        self.kill_after(worker, grace_ns)
+
+    def kill_after(self, worker: RegisteredWorker, grace_ns: int) -> None:
+        """SIGKILL to its group after so long, unless that is due sooner already; -1: no."""
+        child = worker.child
+        if grace_ns < 0 or child is None:
+            return
+        due = time.monotonic_ns() + grace_ns
+        if worker.timer is not None and worker.timer.callback and worker.timer.due <= due:
+            return
+
+        def kill() -> None:
+            logger.info("%s did not stop in time: sending SIGKILL to its group", worker)
+            child.signal_group(signal.SIGKILL)
+
+        worker.set_timer(self._timers.after(grace_ns, kill))
+
+    # --- launching --------------------------------------------------------------------------
+
+    def _enqueue(self, worker: RegisteredWorker) -> None:
+        entry = (worker.order, worker.slot, worker.generation)
+        heapq.heappush(self._queues[worker.start_time, worker.shmem_access], entry)
+
+    def _open_queues(self, phase: Phase) -> list[list[tuple[int, int, int]]]:
+        """The queues that phase and domain let start now and that are not empty."""
+        return [
+            queue
+            for (start_time, shmem), queue in self._queues.items()
+            if queue
+            and _policy.should_start_now(phase, start_time)
+            and not (shmem and not self.domain.may_start(start_time))
+        ]
+
+    def has_work(self, phase: Phase) -> bool:
+        return bool(self._open_queues(phase))
+
+    def launch_some(self, phase: Phase) -> None:
+        """Launch what may start, for about 2 ms, the rest later (maybe_start_bgworkers)."""
+        until = time.monotonic_ns() + LAUNCH_NS
+        while queues := self._open_queues(phase):
+            queue = min(queues, key=lambda q: q[0])
+            _, slot, generation = heapq.heappop(queue)
+            worker = self.get(slot, generation)
+            if worker is None or worker.child is not None:
+                continue  # terminated while it waited here
+            self._start(worker)
+            if time.monotonic_ns() >= until:
+                return
+
+    def _start(self, worker: RegisteredWorker) -> None:
+        """Launch one (do_start_bgworker)."""
+        memory = self.domain.memory if worker.shmem_access else -1
+        assignment = Assignment(
+            self._view.epoch, worker.slot, worker.generation, memory, worker.outcome
+        )
+        logger.debug("starting %s", worker)
+        try:
+            child = self.launch(assignment, self._view.record(worker.slot))
+        except OSError as exc:
+            self._launch_failed(worker, exc)
+            return
+        worker.child = child
+        worker.launches += 1
+        self._by_pid[child.pid] = worker
+        self.watch(child, lambda: self._exited(worker), lambda: self._heard(worker))
+        self._view.set_running(worker.slot, child.pid, time.time_ns())
+        self.connections.notify(worker.slot, worker.generation)
+
+    def launch(self, assignment: Assignment, record: bytes) -> Child:
+        """A process with that record, by the start method; OSError if there can be none."""
+        surroundings = self._surroundings
+        if self._start_method == "spawn":
+            return _launch.spawn(surroundings, assignment, record, "background_worker_entry")
+        return _launch.fork(
+            surroundings,
+            assignment.memory,
+            lambda channel: run_forked(surroundings, assignment, record, channel),
+        )
+
+    def watch(self, child: Child, exited: Any, heard: Any) -> None:
+        self._poller.add(child.pidfd, exited)
+        self._poller.add(child.channel.fileno(), heard)
+
+    def unwatch(self, child: Child) -> None:
+        """Stop watching and close; the child is reaped."""
+        self._poller.remove(child.pidfd)
+        if not child.hung_up:
+            self._poller.remove(child.channel.fileno())
+        child.close()
+
+    def read(self, child: Child, limit: int) -> list[tuple[int, bytes]]:
+        """Its messages; a channel that has nothing more to say is no longer watched."""
+        before = child.hung_up
+        messages = child.messages(limit)
+        if child.hung_up and not before:
+            self._poller.remove(child.channel.fileno())
+        return messages
+
+    def _launch_failed(self, worker: RegisteredWorker, exc: OSError) -> None:
+        """No process could be had.  That is no crash, and nobody else waits for it."""
+        if self._launch_noise.allow(time.monotonic()):
+            logger.info("could not launch %s: %s", worker, exc)
+        if worker.restart_ns < 0:
+            self.forget(worker, LAUNCH_FAILED, error=str(exc).encode())
+            return
+        worker.failures += 1
+        self._restart_after(worker)
+
+    # --- running ----------------------------------------------------------------------------
+
+    def _heard(self, worker: RegisteredWorker) -> None:
+        child = worker.child
+        if child is None:
+            return
+        for type, body in self.read(child, 64):
+            if type == Message.READY:
+                self._view.set_ready(worker.slot)
+                self.connections.notify(worker.slot, worker.generation)
+            elif type == Message.TITLE:
+                self._view.set_activity(worker.slot, body)
+            elif type == Message.JOIN:
+                self._join(worker, child)
+
+    def _join(self, worker: RegisteredWorker, child: Child) -> None:
+        """The worker becomes a client, over a connection that we make for it."""
+        answer = "only workers with SHMEM_ACCESS have a client of their own"
+        joined = self.connections.join(child.pid) if worker.shmem_access else answer
+        try:
+            if isinstance(joined, str):
+                refusal = pack(Message.REFUSED, body=joined.encode())
+                child.channel.send(refusal, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            else:
+                message, fds, theirs = joined
+                with theirs:
+                    _launch.send_descriptors(child.channel, message, fds)
+        except OSError as exc:
+            logger.warning("could not answer %s: %s", worker, exc)
+
+    def wake(self, worker: RegisteredWorker) -> None:
+        """End its wait.  A channel without room holds a wake-up already."""
+        if worker.child is not None:
+            try:
+                flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                worker.child.channel.send(pack(Message.AWAKE), flags)
+            except OSError:
+                pass
+
+    # --- ending -----------------------------------------------------------------------------
+
+    def _exited(self, worker: RegisteredWorker) -> None:
+        """A worker's process is dead (CleanupBackgroundWorker)."""
+        child = worker.child
+        if child is None:
+            return
+        self.read(child, LAST_WORDS)
+        exitcode, signum = child.reap()
+        who = str(worker)
+        worker.child = None
+        worker.set_timer(None)
+        del self._by_pid[child.pid]
+        self.unwatch(child)
+        log_exit(who, exitcode, signum)
+
+        verdict = _policy.judge_exit(
+            exitcode=exitcode,
+            signal=signum,
+            shmem_access=worker.shmem_access,
+            attached=child.attached,
+            clean=child.clean,
+            terminated=worker.terminated,
+            never_restart=worker.restart_ns < 0,
+        )
+        kind = EXITED if exitcode is not None else SIGNALED
+        if verdict.forget or self.stopping:
+            self.forget(worker, kind, exitcode or 0, signum or 0, child.error)
+        else:
+            self._stopped(worker, child, kind, exitcode, signum)
+        if verdict.crash:
+            self.domain.crashed(f"{who} crashed")
+        if worker.shmem_access:
+            self.domain.member_gone()
+
+    def _stopped(
+        self,
+        worker: RegisteredWorker,
+        child: Child,
+        kind: int,
+        exitcode: int | None,
+        signum: int | None,
+    ) -> None:
+        """It will run again: report the stop and set its alarm (ReportBackgroundWorkerExit)."""
+        now = time.time_ns()
+        worker.outcome = {
+            "kind": OUTCOME_KINDS[kind],
+            "exitcode": exitcode,
+            "signal": signum,
+            "error": child.error.decode("utf-8", "replace") or None,
+            "at": now / 1e9,
+            "restarts": worker.restarts,
+            "final": False,
+        }
+        self._view.set_outcome(
+            worker.slot,
+            kind,
+            exitcode or 0,
+            signum or 0,
+            worker.restarts,
+            False,
+            now,
+            child.error,
+        )
+        self._view.set_stopped(worker.slot)
+        ran = time.monotonic_ns() - child.started
+        worker.failures = _policy.failures_after(worker.failures, ran)
+        self._restart_after(worker)
+        self.connections.notify(worker.slot, worker.generation)
+
+    def _restart_after(self, worker: RegisteredWorker) -> None:
+        jitter = random.uniform(-1, 1)
+        delay = _policy.restart_delay(worker.failures, worker.restart_ns, jitter)
+        worker.set_timer(self._timers.after(delay, lambda: self._restart_due(worker)))
+
+    def _restart_due(self, worker: RegisteredWorker) -> None:
+        worker.set_timer(None)
+        worker.order = time.monotonic_ns()
+        self._enqueue(worker)
+
+    def reset_crash_times(self) -> None:
+        """After a reset the domain's workers start at once, whatever their intervals
+        (ResetBackgroundWorkerCrashTimes).  Those that never restart were forgotten as they died."""
+        for worker in self:
+            if worker.shmem_access and worker.child is None and worker.timer is not None:
+                self._restart_due(worker)
+
+
+def log_exit(who: str, exitcode: int | None, signum: int | None) -> None:
+    """LogChildExit: success at debug level, all else at LOG."""
+    if exitcode == 0:
+        logger.debug("%s exited with exit code 0", who)
+    elif exitcode is not None:
+        logger.info("%s exited with exit code %d", who, exitcode)
+    elif signum is not None:
+        logger.info("%s was terminated by signal %d: %s", who, signum, signal.strsignal(signum))
+    else:
+        logger.warning("%s is gone, and its exit status with it", who)

@@ -1,0 +1,286 @@
+"""The supervisor, as its user sees it: configure it, register static workers, start or be it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from pgbgw import _runtime
+from pgbgw._launch import interpreter_command
+from pgbgw._serve import Settings, serve
+from pgbgw.errors import (
+    ConfigurationError,
+    NoFreeSlotError,
+    ParallelLimitError,
+    PgbgwError,
+    StartError,
+    WrongProcessError,
+)
+from pgbgw.worker import (
+    MAX_PARALLEL_WORKER_LIMIT,
+    MAX_WORKER_PROCESSES_LIMIT,
+    BackgroundWorker,
+    Flags,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from pgbgw.client import Client
+
+MAX_SHARED_MEMORY = 1 << 46
+
+
+class Supervisor:
+    """A supervisor to be: PostgreSQL's postmaster, without the database.
+
+    max_worker_processes
+        slots of the table, 1 to 262 143; fixed while it runs
+    max_parallel_workers
+        how many registrations of Flags.CLASS_PARALLEL there may be at once, 0 to 1024
+    address
+        a name in the runtime directory or the path of a socket; None: a private one with start(),
+        "default" with run()
+    preload
+        modules to import before anything is forked; all workers share their memory
+    startup
+        "module:function", run as the startup worker: RUNNING is reached when it returns
+    start_method
+        "fork", or "spawn" for a fresh interpreter per worker
+    spares
+        warm workers kept ready; must be 0 in this version
+    allow
+        patterns of the entry points that clients may ask for ("mylib.*"); None: any
+    shared_memory
+        bytes of memory that all workers with Flags.SHMEM_ACCESS share
+    restart_after_crash
+        False: the crash of a worker with SHMEM_ACCESS ends the supervisor, with status 1
+    post_auth_delay
+        seconds that a worker sleeps before it does anything: time to attach a debugger
+    """
+
+    def __init__(
+        self,
+        *,
+        max_worker_processes: int = 8,
+        max_parallel_workers: int = 8,
+        address: str | os.PathLike[str] | None = None,
+        preload: Sequence[str] = (),
+        startup: str | Callable[..., object] | None = None,
+        start_method: str = "fork",
+        spares: int = 0,
+        allow: Sequence[str] | None = None,
+        shared_memory: int = 0,
+        restart_after_crash: bool = True,
+        post_auth_delay: float = 0.0,
+    ) -> None:
+        _check_integer("max_worker_processes", max_worker_processes, 1, MAX_WORKER_PROCESSES_LIMIT)
+        _check_integer("max_parallel_workers", max_parallel_workers, 0, MAX_PARALLEL_WORKER_LIMIT)
+        _check_integer("shared_memory", shared_memory, 0, MAX_SHARED_MEMORY)
+        _check_integer("spares", spares, 0, 0)
+        if start_method not in ("fork", "spawn"):
+            raise ConfigurationError(
+                f"start_method must be 'fork' or 'spawn', not {start_method!r}"
+            )
+        if not _is_delay(post_auth_delay):
+            raise ConfigurationError(
+                f"post_auth_delay must be 0 to 3600 seconds, not {post_auth_delay!r}"
+            )
+        if startup is not None:
+            worker = BackgroundWorker(entry=startup)
+            worker.check()
+            startup = str(worker.entry)
+        self._address = None if address is None else _runtime.resolve(address)
+        self._settings = Settings(
+            address="",
+            max_worker_processes=max_worker_processes,
+            max_parallel_workers=max_parallel_workers,
+            preload=_strings("preload", preload),
+            startup=startup,
+            start_method=start_method,
+            allow=None if allow is None else _strings("allow", allow),
+            shared_memory=shared_memory,
+            restart_after_crash=bool(restart_after_crash),
+            post_auth_delay=float(post_auth_delay),
+        )
+        self._parallel = 0
+        self._started = False
+        self._client: Client | None = None
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
+        """The supervisor that a TOML file describes.
+
+        ConfigurationError for a file that cannot be understood.  A worker in it that cannot run, or
+        is one too many, is logged at the start and skipped.
+        """
+        from pgbgw import config
+
+        arguments, workers = config.load(path)
+        supervisor = cls(**arguments)
+        for worker, problem in workers:
+            if worker is None:
+                supervisor._settings.skipped.append(problem)
+                continue
+            try:
+                supervisor.register(worker)
+            except PgbgwError as exc:
+                why = ": ".join(filter(None, (str(exc), exc.detail)))
+                hint = f" ({exc.hint})" if exc.hint else ""
+                supervisor._settings.skipped.append(f"{why}{hint}")
+        return supervisor
+
+    def register(self, worker: BackgroundWorker) -> None:
+        """Add a static worker, launched in the order of these calls (RegisterBackgroundWorker).
+
+        Only before the start.  Raises InvalidWorkerError, NoFreeSlotError beyond
+        max_worker_processes, ParallelLimitError beyond max_parallel_workers.
+        """
+        if self._started:
+            raise WrongProcessError(
+                f'background worker "{worker.name}": must be registered before the start',
+                hint="Use Client.register() for a dynamic worker.",
+            )
+        image = worker._static_record()
+        limit = self._settings.max_worker_processes
+        if len(self._settings.static) >= limit:
+            raise NoFreeSlotError(
+                f'background worker "{worker.name}": too many background workers',
+                detail=f"up to {limit} background workers can be registered with these settings",
+                hint="Consider increasing max_worker_processes.",
+            )
+        if worker.flags & Flags.CLASS_PARALLEL:
+            if self._parallel >= self._settings.max_parallel_workers:
+                raise ParallelLimitError(
+                    f'background worker "{worker.name}": too many parallel workers',
+                    detail=f"up to {self._settings.max_parallel_workers} may be registered",
+                    hint="Consider increasing max_parallel_workers.",
+                )
+            self._parallel += 1
+        self._settings.static.append(image)
+
+    def run(self) -> int:
+        """Become the supervisor, in this process and its main thread; the exit status.
+
+        Raises StartError if it cannot: an address in use, threads, a module that does not preload.
+        """
+        self._begin()
+        address = self._address or _runtime.resolve("default")
+        self._settings.address = address.path
+        return serve(self._settings)
+
+    def start(self) -> Client:
+        """Start a supervisor that this process owns, and attach to it.
+
+        It is a fresh interpreter in a session of its own, with this process's sys.path, working
+        directory and environment; nobody's `__main__` is run again.  It stops when this process
+        ends.  Returns once it accepts connections; raises StartError if it never will.
+        """
+        from pgbgw.client import attach
+
+        self._begin()
+        address = self._address or _runtime.private()
+        self._settings.address = address.path
+        process = _start_process(self._settings)
+        try:
+            client = attach(address.path)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        client._own(process)
+        return client
+
+    def _begin(self) -> None:
+        if self._started:
+            raise WrongProcessError(
+                "this supervisor was started already", hint="Make a new Supervisor."
+            )
+        self._started = True
+
+    def __enter__(self) -> Client:
+        self._client = self.start()
+        return self._client
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            try:
+                client.stop("fast")
+            finally:
+                client.close()
+
+
+def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
+    """Exec the supervisor; return when it accepts connections.  StartError otherwise."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = [os.path.abspath(p) for p in sys.path]
+    if package not in path:  # found by an import hook, as in an editable install
+        path.append(package)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, tempfile.TemporaryFile() as file:
+        settings.log_level = logging.getLogger("pgbgw").getEffectiveLevel()
+        if settings.log_level > logging.INFO:  # the default of a logger nobody configured
+            settings.log_level = logging.INFO
+        file.write(settings.to_json())
+        file.seek(0)
+        myself = os.pidfd_open(os.getpid())
+        try:
+            fds = (file.fileno(), theirs.fileno(), myself)
+            process = subprocess.Popen(
+                interpreter_command("pgbgw._serve", "serve_started", path, *map(str, fds)),
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                start_new_session=True,
+            )
+        finally:
+            os.close(myself)
+        theirs.close()
+        try:
+            answer = ours.recv(65536)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if not answer:
+        raise StartError(
+            "the supervisor ended before it accepted connections",
+            detail=f"its exit status is {process.wait()}",
+            hint="Its messages are on stderr.",
+        )
+    problem: dict[str, Any] = json.loads(answer)
+    if problem:
+        process.wait()
+        raise StartError(problem["message"], detail=problem["detail"], hint=problem["hint"])
+    return process
+
+
+def _check_integer(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        allowed = f"{least} to {most}" if least < most else f"{least} in this version"
+        raise ConfigurationError(f"{name} must be {allowed}, not {value!r}")
+
+
+def _is_delay(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and isfinite(value) and 0 <= value <= 3600  # type: ignore[arg-type, operator]
+
+
+def _strings(name: str, values: Sequence[object]) -> list[str]:
+    if isinstance(values, str) or any(not isinstance(v, str) or not v for v in values):
+        raise ConfigurationError(f"{name} must be a sequence of names, not {values!r}")
+    return [str(value) for value in values]

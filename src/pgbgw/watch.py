@@ -1,0 +1,116 @@
+"""Watch: a set of workers as one descriptor, for event loops."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pgbgw._wire import Message, pack
+from pgbgw.errors import SupervisorDiedError
+from pgbgw.worker import HandleStatus
+
+NOT_LAUNCHED = -1
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from pgbgw.client import Client, WorkerHandle
+
+
+class Watch:
+    """Tells which of its workers changed.  For one event loop or thread at a time.
+
+    It has a connection of its own.  A worker that was launched, or has ended, before it was added
+    is reported once by the next changes().
+    """
+
+    def __init__(self, client: Client, handles: Iterable[WorkerHandle] = ()) -> None:
+        self._client = client
+        self._handles: dict[tuple[int, int], WorkerHandle] = {}
+        self._states: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+        self._sock, self._latch = client._connect(time.monotonic() + 10.0)
+        self._supervisor = os.dup(client._supervisor)
+        self._epoll = select.epoll()
+        self._epoll.register(self._sock, select.EPOLLIN)
+        self._epoll.register(self._supervisor, select.EPOLLIN)
+        self.add(*handles)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when changes() has something to tell, or to raise."""
+        return self._epoll.fileno()
+
+    def add(self, *handles: WorkerHandle) -> None:
+        """Watch these, too."""
+        for handle in handles:
+            if handle.address != self._client.address:
+                raise ValueError(f"{handle!r} is a handle of another supervisor")
+            key = (handle.slot, handle.generation)
+            with self._lock:
+                self._handles[key] = handle
+                self._states.setdefault(key, NOT_LAUNCHED)
+            self._latch.send(pack(Message.SUBSCRIBE, *key))
+
+    def remove(self, *handles: WorkerHandle) -> None:
+        """Watch these no longer; those that are not watched are no error."""
+        for handle in handles:
+            key = (handle.slot, handle.generation)
+            with self._lock:
+                known = self._handles.pop(key, None)
+                self._states.pop(key, None)
+            if known is not None:
+                self._latch.send(pack(Message.UNSUBSCRIBE, *key))
+
+    def changes(self) -> list[WorkerHandle]:
+        """The workers whose status changed since the last call; never waits.
+
+        Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
+        watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
+        """
+        heard, complete = self._client._note(self._latch.drain())
+        changed = []
+        with self._lock:
+            for key in list(heard) if complete else list(self._handles):
+                handle = self._handles.get(key)
+                if handle is None:
+                    continue
+                state = _observe(handle)
+                if state != self._states[key]:
+                    self._states[key] = state
+                    changed.append(handle)
+                if state == 0:
+                    del self._handles[key], self._states[key]
+        if not changed and select.select([self._supervisor], [], [], 0)[0]:
+            raise SupervisorDiedError(f'the supervisor at "{self._client.address}" is dead')
+        return changed
+
+    def close(self) -> None:
+        """Give the connection back.  The workers are not affected."""
+        if not self._epoll.closed:
+            self._epoll.close()
+            self._sock.close()
+            os.close(self._supervisor)
+
+
+def _observe(handle: WorkerHandle) -> int:
+    """A number that changes when the handle's status or pid does."""
+    state = handle._state
+    return (
+        state if state == 0 or handle.status() is not HandleStatus.NOT_YET_STARTED else NOT_LAUNCHED
+    )

@@ -1,0 +1,30 @@
+"""Supervisors for tests, and their log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pgbgw import Client, Supervisor
+
+
+@contextmanager
+def supervisor(**settings: object) -> Iterator[Client]:
+    """A private supervisor that is stopped fast, or at once if the test fails."""
+    client = Supervisor(**settings).start()  # type: ignore[arg-type]
+    try:
+        yield client
+    except BaseException:
+        client.stop("immediate", timeout=30)
+        raise
+    else:
+        client.stop("fast", timeout=30)
+    finally:
+        client.close()
+
+
+def lines(path: str | Path) -> list[str]:
+    """The lines that workers have left in a file so far."""
+    file = Path(path)
+    return file.read_text().split("\n")[:-1] if file.exists() else []
