@@ -374,10 +374,6 @@ def run_forked(
 ) -> NoReturn:
     """StartBackgroundWorker in a fork of the supervisor.  Never returns."""
     atexit._clear()  # those of the supervisor are none of ours
-    sys.path[:] = surroundings.path
-    os.chdir(surroundings.directory)
-    os.environ.clear()
-    os.environ.update(surroundings.environ)
     _start(surroundings, assignment, record, channel)
 
 

@@ -103,6 +103,7 @@ class Connections:
         self._subscriptions = 0
         self._accepting = True
         self._noise = RateLimit(1, 10)
+        self._listener: socket.socket | None = None
         self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def listen(self, listener: socket.socket) -> None:
@@ -132,6 +133,7 @@ class Connections:
     # --- coming -----------------------------------------------------------------------------
 
     def _accept(self) -> None:
+        assert self._listener is not None
         for _ in range(ACCEPTS_PER_PASS):
             try:
                 sock, _ = self._listener.accept()
@@ -147,7 +149,7 @@ class Connections:
     def _shed(self) -> None:
         """Out of descriptors: turn one away with the spare, lest the listener stays readable."""
         self._complain("out of file descriptors: a connection was turned away")
-        if self._spare_fd < 0:
+        if self._spare_fd < 0 or self._listener is None:
             return
         os.close(self._spare_fd)
         self._spare_fd = -1
@@ -299,8 +301,9 @@ class Connections:
 
     def close(self) -> None:
         """Stop listening, and hang up.  Clients learn of our end by our pidfd."""
-        self._poller.remove(self._listener.fileno())
-        self._listener.close()
+        if self._listener is not None:
+            self._poller.remove(self._listener.fileno())
+            self._listener.close()
         if self._spare_fd >= 0:
             os.close(self._spare_fd)
         for connection in list(self._connections.values()):

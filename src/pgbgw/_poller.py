@@ -58,39 +58,55 @@ class Poller:
 class Timer:
     """A callback that is due at a point in time, unless it is cancelled before."""
 
-    __slots__ = ("callback", "due")
+    __slots__ = ("_timers", "callback", "due")
 
-    def __init__(self, due: int, callback: Callback) -> None:
+    def __init__(self, timers: Timers, due: int, callback: Callback) -> None:
+        self._timers = timers
         self.due = due
-        self.callback: Callback | None = callback
+        self.callback: Callback | None = callback  # None: cancelled, or called
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._timers.cancelled += 1
 
 
 class Timers:
-    """A heap of timers; cancelled ones are dropped when they come up."""
+    """A heap of timers.  Cancelled ones go when they come up, or when they are most of the heap:
+    an interval of years must not keep what was cancelled for years."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Timer]] = []
         self._order = count()
+        self.cancelled = 0
 
     def after(self, delay_ns: int, callback: Callback) -> Timer:
-        timer = Timer(time.monotonic_ns() + delay_ns, callback)
+        if self.cancelled > 64 and 2 * self.cancelled > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].callback is not None]
+            heapq.heapify(self._heap)
+            self.cancelled = 0
+        timer = Timer(self, time.monotonic_ns() + delay_ns, callback)
         heapq.heappush(self._heap, (timer.due, next(self._order), timer))
         return timer
 
     def next_due(self) -> int | None:
         while self._heap and self._heap[0][2].callback is None:
             heapq.heappop(self._heap)
+            self.cancelled -= 1
         return self._heap[0][0] if self._heap else None
 
     def run(self, now: int) -> None:
         """Call back all that is due.  Timers set meanwhile wait for the next pass."""
         due = []
         while self._heap and self._heap[0][0] <= now:
-            due.append(heapq.heappop(self._heap)[2])
+            timer = heapq.heappop(self._heap)[2]
+            if timer.callback is None:
+                self.cancelled -= 1
+            else:
+                due.append(timer)
         for timer in due:
             callback, timer.callback = timer.callback, None
-            if callback is not None:
+            if callback is not None:  # not cancelled by one before it
                 callback()
+            else:
+                self.cancelled -= 1

@@ -146,10 +146,8 @@ def serve(
         open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files[1], open_files[1]))
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, open_files)
-        environ = dict(os.environ)
-        directory = os.getcwd()
-        modules = [os.path.abspath(p) for p in (sys.path if path is None else path)]
-        _preload(settings.preload)
+        sys.path[:] = [os.path.abspath(p) for p in (sys.path if path is None else path)]
+        environ = _preload(settings.preload)
         plugs = _plug_holes()
         for plug in plugs:
             stack.callback(os.close, plug)
@@ -158,8 +156,8 @@ def serve(
 
         surroundings = Surroundings(
             address=address.path,
-            path=modules,
-            directory=directory,
+            path=list(sys.path),
+            directory=os.getcwd(),
             environ=environ,
             open_files=open_files,
             workers_lock=locks.workers_fd,
@@ -177,7 +175,6 @@ def serve(
         listener = _runtime.listen(address, dirfd)
         stack.callback(_runtime.unlink_socket, address, dirfd)
         loop.connections.listen(listener)
-        stack.callback(loop.connections.close)
         if owner is not None:
             loop.watch_owner(owner)
         gc.collect()
@@ -230,9 +227,13 @@ def _thread_name(task: str) -> str:
         return task
 
 
-def _preload(modules: Sequence[str]) -> None:
-    """Import what all workers need, once; they share the memory.  It must not start threads."""
-    saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+def _preload(modules: Sequence[str]) -> dict[str, str]:
+    """Import what all workers need, once; they share the memory.  It must not start threads.
+
+    Search path, directory and environment are afterwards as they were before: that is what workers
+    find.  Returns the environment.
+    """
+    path, directory, environ = list(sys.path), os.getcwd(), dict(os.environ)
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     for module in modules:
         try:
@@ -241,12 +242,12 @@ def _preload(modules: Sequence[str]) -> None:
             raise StartError(
                 f'could not preload module "{module}"', detail=f"{type(exc).__name__}: {exc}"
             ) from exc
-    for name, value in saved.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    sys.path[:] = path
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environ)
     _refuse_threads()
+    return environ
 
 
 def _open_descriptors() -> list[int]:
@@ -305,6 +306,7 @@ def _build(settings: Settings, surroundings: Surroundings, stack: ExitStack) -> 
     loop.connections = table.connections = Connections(
         poller, view, (outbox, inbox, own_pidfd), settings.allow, loop
     )
+    stack.callback(loop.connections.close)
     loop.domain = table.domain = CrashDomain(
         table,
         timers,

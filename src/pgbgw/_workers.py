@@ -109,6 +109,44 @@ class RegisteredWorker:
         self.timer = timer
 
 
+class ReadyQueue:
+    """Workers to be launched, the first registered first.  A heap, and entries that are void since
+    their worker is gone: those go when they come up, or when they are most of it."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int]] = []  # order, slot, generation
+        self._waiting: dict[int, int] = {}  # slot -> generation of those that still wait
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def push(self, worker: RegisteredWorker) -> None:
+        if len(self._heap) > 64 and len(self._heap) > 2 * len(self._waiting):
+            self._heap = [e for e in self._heap if self._waiting.get(e[1]) == e[2]]
+            heapq.heapify(self._heap)
+        self._waiting[worker.slot] = worker.generation
+        heapq.heappush(self._heap, (worker.order, worker.slot, worker.generation))
+
+    def discard(self, worker: RegisteredWorker) -> None:
+        if self._waiting.get(worker.slot) == worker.generation:
+            del self._waiting[worker.slot]
+
+    def first(self) -> tuple[int, int, int]:
+        """The entry to launch next; the queue is not empty."""
+        while True:
+            entry = self._heap[0]
+            if self._waiting.get(entry[1]) == entry[2]:
+                return entry
+            heapq.heappop(self._heap)
+
+    def pop(self) -> int:
+        """The slot of the worker to launch next."""
+        _, slot, _ = self.first()
+        heapq.heappop(self._heap)
+        del self._waiting[slot]
+        return slot
+
+
 class WorkerTable:
     """All registrations, the queue of those to be launched, and the processes that run."""
 
@@ -132,9 +170,9 @@ class WorkerTable:
         self._allow = None if allow is None else tuple(allow)
         self._workers: dict[int, RegisteredWorker] = {}  # by slot
         self._by_pid: dict[int, RegisteredWorker] = {}  # those that run
-        # Those to be launched, by what they wait for: heaps of (order, slot, generation).
-        self._queues: dict[tuple[StartTime, bool], list[tuple[int, int, int]]] = {
-            (start_time, shmem): [] for start_time in StartTime for shmem in (False, True)
+        # Those to be launched, by what they wait for.
+        self._queues = {
+            (start_time, shmem): ReadyQueue() for start_time in StartTime for shmem in (False, True)
         }
         self._launch_noise = RateLimit(1, 10)
         self.stopping = False
@@ -165,7 +203,7 @@ class WorkerTable:
             logger.warning("%s rejected: %s", worker, reason)
             self.forget(worker, REJECTED, error=reason.encode())
             return
-        self._enqueue(worker)
+        self._queue_of(worker).push(worker)
 
     def _allowed(self, entry: str) -> bool:
         """Does a pattern match?  "mylib.*" takes mylib.jobs:f, "mylib:*" only mylib's own."""
@@ -184,6 +222,7 @@ class WorkerTable:
         slot, generation, restarts = worker.slot, worker.generation, worker.restarts
         logger.debug("unregistering %s", worker)
         worker.set_timer(None)
+        self._queue_of(worker).discard(worker)
         del self._workers[slot]
         self._view.set_outcome(slot, kind, exitcode, signum, restarts, True, now, error)
         self._view.free(slot)
@@ -243,11 +282,10 @@ class WorkerTable:
 
     # --- launching --------------------------------------------------------------------------
 
-    def _enqueue(self, worker: RegisteredWorker) -> None:
-        entry = (worker.order, worker.slot, worker.generation)
-        heapq.heappush(self._queues[worker.start_time, worker.shmem_access], entry)
+    def _queue_of(self, worker: RegisteredWorker) -> ReadyQueue:
+        return self._queues[worker.start_time, worker.shmem_access]
 
-    def _open_queues(self, phase: Phase) -> list[list[tuple[int, int, int]]]:
+    def _open_queues(self, phase: Phase) -> list[ReadyQueue]:
         """The queues that phase and domain let start now and that are not empty."""
         return [
             queue
@@ -264,12 +302,8 @@ class WorkerTable:
         """Launch what may start, for about 2 ms, the rest later (maybe_start_bgworkers)."""
         until = time.monotonic_ns() + LAUNCH_NS
         while queues := self._open_queues(phase):
-            queue = min(queues, key=lambda q: q[0])
-            _, slot, generation = heapq.heappop(queue)
-            worker = self.get(slot, generation)
-            if worker is None or worker.child is not None:
-                continue  # terminated while it waited here
-            self._start(worker)
+            queue = min(queues, key=ReadyQueue.first)
+            self._start(self._workers[queue.pop()])
             if time.monotonic_ns() >= until:
                 return
 
@@ -449,7 +483,7 @@ class WorkerTable:
     def _restart_due(self, worker: RegisteredWorker) -> None:
         worker.set_timer(None)
         worker.order = time.monotonic_ns()
-        self._enqueue(worker)
+        self._queue_of(worker).push(worker)
 
     def reset_crash_times(self) -> None:
         """After a reset the domain's workers start at once, whatever their intervals
