@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard src/pgbgw/*.pyx src/pgbgw/*.pxd src/pgbgw/*.h)
 EXTENSIONS := $(patsubst src/pgbgw/%.pyx,pgbgw.%,$(wildcard src/pgbgw/*.pyx))
 
-.PHONY: build lint format type test test-all check demo dist clean
+.PHONY: build lint format type test soak test-all check demo dist clean
 # Builds for different interpreters share the generated C.
 .NOTPARALLEL:
 
@@ -31,6 +31,10 @@ type: build
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
+
+# The long forms: minutes.
+soak: build
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-all: test-3.11 test-3.12 test-3.13
 

@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 STRAGGLERS = 10.0  # seconds
+RUNTIME_ROOT = "/tmp"  # not tmp_path: the path of a socket may have 107 bytes
 TEST_ID = "PGBGW_TEST_ID"
 
 _stderr = pytest.StashKey[int]()
@@ -82,7 +83,7 @@ def runtime_dir(request: pytest.FixtureRequest) -> Iterator[Path]:
     A supervisor takes its socket with it when it ends.  A test that kills one is marked
     leaves_sockets.
     """
-    directory = Path(tempfile.mkdtemp(prefix="pgbgw-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix="pgbgw-", dir=RUNTIME_ROOT))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGBGW_RUNTIME_DIR", str(directory))
         patch.delenv("PGBGW_ADDRESS", raising=False)

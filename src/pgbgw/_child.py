@@ -312,13 +312,18 @@ class Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _handle_terminate(self, signum: int, frame: FrameType | None) -> None:
-        self._stopping = True
+        first, self._stopping = not self._stopping, True
         if self._finishing:
             return
         if self._on_terminate is not None:
             self._on_terminate()
-        else:
-            raise WorkerTerminated("terminated by request of the supervisor")
+        elif first:  # a second one must not break into what the first has begun to clean up
+            raise WorkerTerminated("terminated on request")
+
+    def _ends_by_sigterm(self) -> bool:
+        """Would SIGTERM raise WorkerTerminated?"""
+        handler = signal.getsignal(signal.SIGTERM)
+        return handler == self._handle_terminate and self._on_terminate is None
 
     def _handle_reload(self, signum: int, frame: FrameType | None) -> None:
         if self._on_reload is not None:
@@ -344,7 +349,8 @@ class Worker:
         """One DB-API connection for this process (BackgroundWorkerInitializeConnection).
 
         `sqlite:///path` (or `sqlite://` for memory), or `postgresql://...` with psycopg installed.
-        SIGINT (WorkerHandle.cancel()) from then on cancels the running statement.
+        SIGINT (WorkerHandle.cancel()) from then on cancels the running statement, and SIGTERM does
+        so as well unless on_terminate() was told what to do.  In the main thread only.
         """
         self._need(Flags.DATABASE_CONNECTION, "database connection")
         if self._connection is not None:
@@ -354,7 +360,7 @@ class Worker:
             )
         from pgbgw._database import connect
 
-        self._connection = connect(dsn, options, self._wakeup)
+        self._connection = connect(dsn, options, self._wakeup, self._ends_by_sigterm)
         return self._connection
 
 
@@ -395,48 +401,50 @@ def _start(
     surroundings: Surroundings, assignment: Assignment, record: bytes, channel: socket.socket
 ) -> NoReturn:
     global _current
-    code = 1
-    try:
-        worker = Worker(BackgroundWorker._from_record(record), assignment, surroundings, channel)
-        _current = worker
-        worker._install_handlers()
-        code = _run(worker)
-    finally:
-        os._exit(code)
+    worker = Worker(BackgroundWorker._from_record(record), assignment, surroundings, channel)
+    _current = worker
+    worker._install_handlers()
+    os._exit(_run(worker))
 
 
 def _run(worker: Worker) -> int:
-    """Call the entry point; the exit code.  Stop signals come in from here on."""
-    surroundings = worker._surroundings
-    code = 1
+    """Do the worker's work and end cleanly; the exit code."""
     try:
-        _log.setup_worker(surroundings.log_level)
-        resource.setrlimit(resource.RLIMIT_NOFILE, surroundings.open_files)
-        os.register_at_fork(after_in_child=_bind_to_parent)
-        os.environ.update(worker.worker._load_env())
-        os.environ["PGBGW_ADDRESS"] = surroundings.address
-        _set_title(worker.worker.name, "")
-        # One mapping call frees what the supervisor had collected from being looked at again.
-        gc.freeze()
-        if surroundings.delay > 0:
-            time.sleep(surroundings.delay)  # post_auth_delay: time to attach a debugger
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
-        if worker.worker.flags & Flags.SHMEM_ACCESS:
-            worker._tell(Message.ATTACHED)
-        entry = lookup_function(str(worker.worker.entry))
-        args, kwargs = worker.worker._load_arguments()
-        entry(*args, **kwargs)
+        try:
+            _set_up(worker)
+            entry = lookup_function(str(worker.worker.entry))
+            args, kwargs = worker.worker._load_arguments()
+            entry(*args, **kwargs)
+            threading._shutdown()  # type: ignore[attr-defined]
+        finally:
+            worker._finishing = True  # a stop that comes from here on changes nothing
         code = 0
     except BaseException as exc:
         code = _report(worker, exc)
-    worker._finishing = True
     return _finish(worker, code)
+
+
+def _set_up(worker: Worker) -> None:
+    """The surroundings; stop signals, held back since the fork, come in from here on."""
+    surroundings = worker._surroundings
+    _log.setup_worker(surroundings.log_level)
+    resource.setrlimit(resource.RLIMIT_NOFILE, surroundings.open_files)
+    os.register_at_fork(after_in_child=_bind_to_parent)
+    os.environ["PGBGW_ADDRESS"] = surroundings.address
+    os.environ.update(worker.worker._load_env())
+    _set_title(worker.worker.name, "")
+    gc.freeze()  # what came with the fork need not be looked at, and so copied, again
+    if surroundings.delay > 0:
+        time.sleep(surroundings.delay)  # post_auth_delay: time to attach a debugger
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
+    if worker.worker.flags & Flags.SHMEM_ACCESS:
+        worker._tell(Message.ATTACHED)
 
 
 def _finish(worker: Worker, code: int) -> int:
     """The clean end: join threads, run atexit functions, flush, and say so."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        threading._shutdown()  # type: ignore[attr-defined]  # those of a worker that failed
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:

@@ -400,30 +400,25 @@ class Client:
             return pending
         with self._borrow() as latch:
             listening = latch is not None and self._subscribe(latch, pending, deadline)
-            check = pending
+            unsure = True
             while True:
-                if latch is not None:
-                    # Drain, then look: what comes after the look ends the wait below.
-                    heard, complete = self._note(latch.drain())
-                    if complete and listening:
-                        check = {h for h in pending if (h.slot, h.generation) in heard}
-                    else:
-                        check = pending
+                # Drain, then look: what comes after the look ends the sleep below.
+                heard, said = self._note([] if latch is None else latch.drain())
+                if Message.CAPACITY in said:
+                    listening = False
+                if unsure or Message.OVERFLOW in said:
+                    check = pending
+                else:
+                    check = {h for h in pending if (h.slot, h.generation) in heard}
                 pending = pending - {h for h in check if satisfied(self, h)}
                 if over() or (deadline is not None and time.monotonic() >= deadline):
                     break
                 # Where no message will come, look again soon: not subscribed, or the slot is said
-                # to be free in the outbox alone (the next moment, or when damage is repaired).
-                until = deadline
-                unsure = not listening or any(h._state == 0 for h in pending)
-                if unsure:
-                    soon = time.monotonic() + LOOK_MS / 1000
-                    until = soon if deadline is None else min(deadline, soon)
-                if not self._sleep(latch, until):
+                # to be free in the outbox alone (for a moment, or until damage is repaired).
+                unsure = not listening or any(h._state == 0 for h in check & pending)
+                if not self._sleep(latch, deadline, LOOK_MS / 1000 if unsure else None):
                     pending = {h for h in pending if not satisfied(self, h)}
                     break
-                if unsure:
-                    listening = listening and not any(h._state == 0 for h in pending)
             if latch is not None and latch is not self._latch:
                 for h in handles:
                     latch.send(pack(Message.UNSUBSCRIBE, h.slot, h.generation))
@@ -434,19 +429,21 @@ class Client:
             latch.send(pack(Message.SUBSCRIBE, h.slot, h.generation), deadline) for h in handles
         )
 
-    def _sleep(self, latch: Latch | None, until: float | None) -> bool:
-        """Wait for a message or until a point in time; False if the supervisor is dead."""
+    def _sleep(self, latch: Latch | None, deadline: float | None, most: float | None) -> bool:
+        """Wait for a message, the deadline, or most seconds; False if the supervisor is dead."""
+        if most is not None:
+            soon = time.monotonic() + most
+            deadline = soon if deadline is None else min(deadline, soon)
         if latch is not None:
-            return latch.wait(until)
-        left = LOOK_MS / 1000 if until is None else max(0.0, until - time.monotonic())
+            return latch.wait(deadline)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         return not select.select([self._supervisor], [], [], left)[0]
 
     @contextmanager
     def _borrow(self) -> Iterator[Latch | None]:
         """A connection for one waiting thread: the client's own, one of the pool, or None."""
         with self._lock:
-            if self._closed:
-                self._view.epoch  # raises what fits  # noqa: B018
+            self._check_open()
             self._waiting += 1
         own = self._latch_lock.acquire(blocking=False)
         lent: tuple[socket.socket, Latch] | None = None
@@ -495,17 +492,16 @@ class Client:
 
     def _note(
         self, messages: list[tuple[int, int, int, bytes]]
-    ) -> tuple[set[tuple[int, int]], bool]:
-        """Which registrations messages are about, and whether that is all; keep final outcomes."""
+    ) -> tuple[set[tuple[int, int]], set[int]]:
+        """Which registrations messages are about, and their types; final outcomes are kept."""
         heard = set()
-        complete = True
+        said = set()
         for type, slot, generation, body in messages:
             heard.add((slot, generation))
+            said.add(type)
             if type == Message.FINAL and len(body) >= _wire.FINAL.size:
                 self._remember(slot, generation, body)
-            elif type in (Message.OVERFLOW, Message.CAPACITY):
-                complete = False
-        return heard, complete
+        return heard, said
 
     def _remember(self, slot: int, generation: int, body: bytes) -> None:
         kind, exitcode, signum, restarts, at = _wire.FINAL.unpack_from(body)
@@ -536,8 +532,12 @@ class Client:
 
     def _tell(self, message: bytes) -> None:
         """Send a request, waiting for room; a dead supervisor is no error here."""
-        self._view.epoch  # ours, and open?  # noqa: B018
+        self._check_open()
         self._latch.send(message)
+
+    def _check_open(self) -> None:
+        """AttachError if this client is closed, WrongProcessError in a forked child."""
+        _ = self._view.epoch
 
     # --- the end ----------------------------------------------------------------------------
 

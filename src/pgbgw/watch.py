@@ -34,6 +34,7 @@ class Watch:
         self._handles: dict[tuple[int, int], WorkerHandle] = {}
         self._states: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
+        self._refused = False  # some are not subscribed: look at all, whenever asked
         self._sock, self._latch = client._connect(time.monotonic() + 10.0)
         self._supervisor = os.dup(client._supervisor)
         self._epoll = select.epoll()
@@ -83,10 +84,11 @@ class Watch:
         Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
         watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
         """
-        heard, complete = self._client._note(self._latch.drain())
+        heard, said = self._client._note(self._latch.drain())
         changed = []
         with self._lock:
-            for key in list(heard) if complete else list(self._handles):
+            self._refused = self._refused or Message.CAPACITY in said
+            for key in list(self._handles if Message.OVERFLOW in said or self._refused else heard):
                 handle = self._handles.get(key)
                 if handle is None:
                     continue

@@ -11,8 +11,9 @@ pytest_plugins = ["pytester"]
 CONFTEST = """
 pytest_plugins = ["fix_leaks"]
 def pytest_configure():
-    import fix_leaks
+    import fix_leaks, os
     fix_leaks.STRAGGLERS = 0.5
+    fix_leaks.RUNTIME_ROOT = os.getcwd()  # the watchdog leaves no time to remove it
 """
 
 LEAKY = """
