@@ -7,7 +7,6 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard src/pgbgw/*.pyx src/pgbgw/*.pxd src/pgbgw/*.h)
-EXTENSIONS := $(patsubst src/pgbgw/%.pyx,pgbgw.%,$(wildcard src/pgbgw/*.pyx))
 
 .PHONY: build lint format type test soak test-all check demo dist clean
 # Builds for different interpreters share the generated C.
@@ -27,7 +26,7 @@ format: $(VENV)/.ready
 
 type: build
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml $(EXTENSIONS)
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml pgbgw
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
 
 from pgbgw import _kernel, _policy, _slots
 from pgbgw._connections import ClientProcess, Connections
@@ -43,6 +44,7 @@ class Loop:
         self, view: SupervisorView, poller: Poller, timers: Timers, table: WorkerTable
     ) -> None:
         self.phase = Phase.STARTUP
+        self.on_stop: Callable[[ShutdownMode], None] = lambda mode: None
         self._view = view
         self._poller = poller
         self._timers = timers
@@ -186,6 +188,7 @@ class Loop:
         self._mode = mode
         logger.info("received %s shutdown request", mode.name.lower())
         self._publish_phase()
+        self.on_stop(mode)
         if mode == ShutdownMode.SMART:
             self._requester = requester
             self.connections.refuse_new()

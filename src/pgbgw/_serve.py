@@ -31,6 +31,7 @@ from pgbgw._loop import Loop
 from pgbgw._poller import Poller, Timers
 from pgbgw._workers import WorkerTable
 from pgbgw.errors import PgbgwError, StartError
+from pgbgw.worker import ShutdownMode
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,12 @@ def serve(
     settings: Settings,
     owner: int | None = None,
     accepts: Callable[[], None] = lambda: None,
-    path: Sequence[str] | None = None,
+    stops: Callable[[ShutdownMode], None] = lambda mode: None,
 ) -> int:
     """Be the supervisor until it is stopped; the exit status.
 
     owner: a pidfd, whose process we do not outlive by much.  accepts: called once connections are
-    accepted.  Raises StartError for what prevents that.
+    accepted.  stops: called with each shutdown request that counts.  Raises StartError for what prevents that.
     """
     with ExitStack() as stack:
         if threading.current_thread() is not threading.main_thread():
@@ -146,7 +147,7 @@ def serve(
         open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files[1], open_files[1]))
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, open_files)
-        sys.path[:] = [os.path.abspath(p) for p in (sys.path if path is None else path)]
+        sys.path[:] = [os.path.abspath(p) for p in sys.path]
         environ = _preload(settings.preload)
         plugs = _plug_holes()
         for plug in plugs:
@@ -172,6 +173,7 @@ def serve(
             delay=settings.post_auth_delay,
         )
         loop = _build(settings, surroundings, stack)
+        loop.on_stop = stops
         listener = _runtime.listen(address, dirfd)
         stack.callback(_runtime.unlink_socket, address, dirfd)
         loop.connections.listen(listener)

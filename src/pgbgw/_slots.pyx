@@ -404,7 +404,7 @@ cdef class SlotHandle:
 
     @property
     def pid(self):
-        """The process id while the worker is STARTED, else None.  To show: a number may be reused."""
+        """The process id while the worker is STARTED, else None.  To show: it may be reused."""
         cdef client_t *c = self._client()
         cdef uint64_t st
 

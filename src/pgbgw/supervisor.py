@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from pgbgw import _runtime
 from pgbgw._launch import interpreter_command
 from pgbgw._serve import Settings, serve
+from pgbgw._systemd import Systemd
 from pgbgw.errors import (
     ConfigurationError,
     NoFreeSlotError,
@@ -29,6 +30,7 @@ from pgbgw.worker import (
     MAX_WORKER_PROCESSES_LIMIT,
     BackgroundWorker,
     Flags,
+    ShutdownMode,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pgbgw.client import Client
 
 MAX_SHARED_MEMORY = 1 << 46
+_NO_OVERRIDES: Mapping[str, Any] = {}
 
 
 class Supervisor:
@@ -117,16 +120,18 @@ class Supervisor:
         self._client: Client | None = None
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
+    def from_toml(
+        cls, path: str | os.PathLike[str], *, overrides: Mapping[str, Any] = _NO_OVERRIDES
+    ) -> Self:
         """The supervisor that a TOML file describes.
 
-        ConfigurationError for a file that cannot be understood.  A worker in it that cannot run, or
+        overrides: arguments of Supervisor that win over the file's.  ConfigurationError for a file that cannot be understood.  A worker in it that cannot run, or
         is one too many, is logged at the start and skipped.
         """
         from pgbgw import config
 
         arguments, workers = config.load(path)
-        supervisor = cls(**arguments)
+        supervisor = cls(**{**arguments, **overrides})
         for worker, problem in workers:
             if worker is None:
                 supervisor._settings.skipped.append(problem)
@@ -168,6 +173,16 @@ class Supervisor:
             self._parallel += 1
         self._settings.static.append(image)
 
+    @property
+    def static_workers(self) -> int:
+        """How many static workers are registered."""
+        return len(self._settings.static)
+
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each worker of the TOML file that will not run."""
+        return list(self._settings.skipped)
+
     def run(self) -> int:
         """Become the supervisor, in this process and its main thread; the exit status.
 
@@ -176,7 +191,19 @@ class Supervisor:
         self._begin()
         address = self._address or _runtime.resolve("default")
         self._settings.address = address.path
-        return serve(self._settings)
+        self._settings.log_level = _log_level()
+        systemd = Systemd()
+
+        def accepts() -> None:
+            systemd.tell("READY=1", f"STATUS=accepting connections at {address}")
+
+        def stops(mode: ShutdownMode) -> None:
+            # A smart shutdown serves on, for any length of time; from STOPPING on systemd's
+            # TimeoutStopSec runs.
+            begun = [] if mode == ShutdownMode.SMART else ["STOPPING=1"]
+            systemd.tell(*begun, f"STATUS={mode.name.lower()} shutdown")
+
+        return serve(self._settings, accepts=accepts, stops=stops)
 
     def start(self) -> Client:
         """Start a supervisor that this process owns, and attach to it.
@@ -233,9 +260,7 @@ def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
         path.append(package)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, tempfile.TemporaryFile() as file:
-        settings.log_level = logging.getLogger("pgbgw").getEffectiveLevel()
-        if settings.log_level > logging.INFO:  # the default of a logger nobody configured
-            settings.log_level = logging.INFO
+        settings.log_level = _log_level()
         file.write(settings.to_json())
         file.seek(0)
         myself = os.pidfd_open(os.getpid())
@@ -267,6 +292,11 @@ def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
         process.wait()
         raise StartError(problem["message"], detail=problem["detail"], hint=problem["hint"])
     return process
+
+
+def _log_level() -> int:
+    """The level of the logger "pgbgw"; a logger that nobody configured has WARNING: too little."""
+    return min(logging.getLogger("pgbgw").getEffectiveLevel(), logging.INFO)
 
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:
