@@ -7,7 +7,7 @@
 #ifndef PGBGW_SLOTS_SUPERVISOR_H
 #define PGBGW_SLOTS_SUPERVISOR_H
 
-#define DRAIN_MAX 1024                  /* looks in one pass of the loop, at most */
+#define DRAIN_MAX 256                   /* looks in one pass of the loop: 2 ms of what follows */
 #define SLICE_MAX 16384                 /* words in one slice of a sweep */
 
 /* The truth about a slot. */

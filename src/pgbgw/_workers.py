@@ -55,6 +55,7 @@ class RegisteredWorker:
         "generation",
         "launches",
         "name",
+        "notify",
         "order",
         "outcome",
         "restart_ns",
@@ -75,7 +76,7 @@ class RegisteredWorker:
             self.entry,
             self.flags,
             start_time,
-            _,
+            self.notify,
             self.restart_ns,
             self.stop_timeout_ns,
             registered,
@@ -196,7 +197,7 @@ class WorkerTable:
         """A registration was taken over from the inbox."""
         worker = self._workers[slot] = RegisteredWorker(self._view, slot)
         logger.debug("registering %s", worker)
-        if self._view.registration(slot)[5]:
+        if worker.notify:
             self.connections.subscribe_registrant(cid, slot)
         if cid and self._allow is not None and not self._allowed(worker.entry):
             reason = f'entry point "{worker.entry}" is not allowed'
