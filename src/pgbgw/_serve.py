@@ -122,7 +122,8 @@ def serve(
     """Be the supervisor until it is stopped; the exit status.
 
     owner: a pidfd, whose process we do not outlive by much.  accepts: called once connections are
-    accepted.  stops: called with each shutdown request that counts.  Raises StartError for what prevents that.
+    accepted; StartError says why they never will be.  stops: called when a shutdown begins, and
+    again for a stronger one.
     """
     with ExitStack() as stack:
         if threading.current_thread() is not threading.main_thread():

@@ -97,7 +97,8 @@ cdef extern from "_slots.h" nogil:
         map_t m
         unsigned fork_count
         slot_t *slots
-        uint32_t ngone, npending
+        uint32_t npending
+        uint64_t swept, sweep_until
         uint64_t repairs
         bint accepting
     ctypedef struct event_t:
@@ -113,6 +114,7 @@ cdef extern from "_slots.h" nogil:
     void supervisor_free(supervisor_t *, uint32_t)
     uint32_t supervisor_drain(supervisor_t *, uint32_t, int64_t, event_t *)
     uint32_t supervisor_sweep(supervisor_t *, uint32_t, int64_t, event_t *)
+    void supervisor_request_sweep(supervisor_t *)
     bint supervisor_prepare_sleep(supervisor_t *)
     void supervisor_awake(supervisor_t *)
     unsigned supervisor_cid_new(supervisor_t *)
@@ -504,8 +506,12 @@ cdef class SupervisorView:
 
     @property
     def sweep_due(self):
-        """True while a client that has gone waits for a round of the sweep."""
-        return self.s.ngone > 0
+        """True until the round of the sweep that was asked for is over."""
+        return self.s.swept < self.s.sweep_until
+
+    def request_sweep(self):
+        """Look at every slot, in slices, from here on."""
+        supervisor_request_sweep(&self.s)
 
     @property
     def repairs(self):

@@ -39,6 +39,7 @@ typedef struct {
     uint32_t  npending, next_pending;
     uint64_t *populated;                /* a bit per chunk of details; NULL: all are */
     uint64_t  swept;                    /* words the sweep has looked at, ever */
+    uint64_t  sweep_until;              /* where the round that was asked for last ends */
     uint64_t  repairs;
     bool      accepting;                /* false: what is not known yet is cancelled */
 } supervisor_t;
@@ -622,6 +623,13 @@ supervisor_cid_new(supervisor_t *s)
     return 0;
 }
 
+/* Ask for a full round of the sweep, from here on. */
+static inline void
+supervisor_request_sweep(supervisor_t *s)
+{
+    s->sweep_until = s->swept + s->m.g.nslots;
+}
+
 /* The client is dead, or has detached with nothing in flight.  Its cid is free once the sweep has
  * gone once round the table from here (I11). */
 static inline void
@@ -629,7 +637,8 @@ supervisor_cid_gone(supervisor_t *s, unsigned cid)
 {
     if (cid == CID_SUPERVISOR || cid >= CIDS || s->cids[cid].state != CID_LIVE)
         return;
-    s->cids[cid] = (cid_t) {.state = CID_GONE, .due = s->swept + s->m.g.nslots};
+    supervisor_request_sweep(s);
+    s->cids[cid] = (cid_t) {.state = CID_GONE, .due = s->sweep_until};
     s->ngone++;
 }
 
@@ -650,7 +659,7 @@ supervisor_sweep_tokens(supervisor_t *s)
                 s->repairs++;
             }
         } else if (w != req_word(p->generation, 0, 0, REQ_FREE) &&
-                   !(word_generation(w) == p->generation && req_state(w) == REQ_CLAIMED &&
+                   !(w == req_word(p->generation, req_cid(w), 0, REQ_CLAIMED) &&
                      s->cids[req_cid(w)].state != CID_FREE)) {
             p->generation++;
             exchange_acq_rel(word, req_word(p->generation, 0, 0, REQ_FREE));

@@ -492,6 +492,7 @@ class WorkerTable:
         for worker in self:
             if worker.shmem_access and worker.child is None and worker.timer is not None:
                 self._restart_due(worker)
+        self._view.request_sweep()  # they may have been clients, and damaged more than their memory
 
 
 def log_exit(who: str, exitcode: int | None, signum: int | None) -> None:

@@ -125,8 +125,9 @@ class Supervisor:
     ) -> Self:
         """The supervisor that a TOML file describes.
 
-        overrides: arguments of Supervisor that win over the file's.  ConfigurationError for a file that cannot be understood.  A worker in it that cannot run, or
-        is one too many, is logged at the start and skipped.
+        overrides: arguments of Supervisor that win over the file's.  ConfigurationError for a file
+        that cannot be understood.  A worker in it that cannot run, or is one too many, is logged at
+        the start and skipped.
         """
         from pgbgw import config
 
