@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pgbgw import _runtime, _wire
 from pgbgw._runtime import Address
-from pgbgw._wire import Message, pack, unpack
+from pgbgw._wire import Message, pack, receive, unpack
 from pgbgw.errors import AttachError
 
 RETRY = 0.01  # seconds between attempts while the supervisor starts, or is full
@@ -109,7 +109,7 @@ def _answer(
                 hint="raise the timeout; a supervisor that was stopped (SIGSTOP) cannot answer",
             )
         try:
-            data, fds, _, _ = socket.recv_fds(sock, 65536, 8, socket.MSG_CMSG_CLOEXEC)
+            data, fds = receive(sock)
         except BlockingIOError:
             continue
         except OSError:

@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import logging
+import math
 import mmap
 import os
 import resource
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pgbgw import _kernel, _log
 from pgbgw._launch import BLOCKED_SIGNALS, Assignment, Surroundings
-from pgbgw._wire import HEAD, Message, pack
+from pgbgw._wire import HEAD, Message, pack, receive
 from pgbgw.errors import InvalidWorkerError, PgbgwError, WorkerTerminated, WrongProcessError
 from pgbgw.worker import BackgroundWorker, Flags, Outcome
 
@@ -205,13 +206,16 @@ class Worker:
         while True:
             self._read_channel()
             if self._stopping or (wakeable and self._awake):
-                timeout: float | None = 0.0
+                timeout = 0.0
             elif deadline is None:
-                timeout = None
+                timeout = math.inf
             else:
                 timeout = max(0.0, deadline - time.monotonic())
-            # In steps, so that no timeout is too long for poll(); rounded up, never early.
-            step = None if timeout is None else min(-(-timeout * 1000 // 1), 86_400_000)
+            # In steps, so that no timeout is too long for poll(); rounded up, never early.  Threads
+            # that no signal wakes look ten times a second whether a stop was asked for.
+            forever = main and timeout == math.inf
+            longest = 86_400.0 if main else 0.1
+            step = None if forever else math.ceil(min(timeout, longest) * 1000)
             events = {fd for fd, _ in poll.poll(step)}
             if main and self._signalled.fileno() in events:
                 _drain(self._signalled)
@@ -220,7 +224,7 @@ class Worker:
             if (
                 events & fds
                 or self._stopping
-                or (timeout is not None and time.monotonic() >= (deadline or 0.0))
+                or (deadline is not None and time.monotonic() >= deadline)
                 or (wakeable and self._awake)
             ):
                 self._read_channel()
@@ -233,9 +237,7 @@ class Worker:
         try:
             while True:
                 try:
-                    data, fds, _, _ = socket.recv_fds(
-                        self._channel, 65536, 8, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-                    )
+                    data, fds = receive(self._channel, socket.MSG_DONTWAIT)
                 except OSError:
                     return
                 if len(data) < HEAD.size:  # end-of-file: the supervisor is dying, and we with it

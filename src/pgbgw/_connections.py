@@ -118,12 +118,12 @@ class Connections:
         """Is any process attached?  Without one nobody can damage or lose anything."""
         return bool(self._processes)
 
-    def clients_left(self, requester: ClientProcess | None) -> int:
+    def clients_left(self, requesters: set[ClientProcess]) -> int:
         """How many processes a smart shutdown waits for."""
         return sum(
             1
             for p in self._processes.values()
-            if p is not requester and not p.is_worker and p.connections
+            if p not in requesters and not p.is_worker and p.connections
         )
 
     def refuse_new(self) -> None:

@@ -60,6 +60,7 @@ class CrashDomain:
         self._resets = 0  # in a row
         self._settled = 0  # when the last reset was over
         self.stopping = False
+        self.immediate_stop = False  # all have got SIGQUIT: that they exit with 2 is no news
 
     def _new_memory(self) -> int:
         """A descriptor of zeroed memory that nobody can resize; -1 if there is to be none.
@@ -136,7 +137,7 @@ class CrashDomain:
 
     def crashed(self, what: str) -> None:
         """A member died and may have left the memory damaged; only the first death counts."""
-        if self._winding_down:
+        if self._winding_down or self.immediate_stop:
             return
         self._winding_down = True
         logger.info("%s: terminating the other workers with shared memory access", what)

@@ -50,7 +50,7 @@ class Loop:
         self._timers = timers
         self._table = table
         self._mode = ShutdownMode.NONE
-        self._requester: ClientProcess | None = None
+        self._requesters: set[ClientProcess] = set()  # of a smart shutdown
         self._exit_status = 0
         self._kill: Timer | None = None
         self._tick: Timer | None = None
@@ -103,7 +103,7 @@ class Loop:
             if self._tick is None and self.connections.attached:
                 self._tick = self._timers.after(TICK_NS, self._sweep_tick)
             if self._mode == ShutdownMode.SMART and not self.connections.clients_left(
-                self._requester
+                self._requesters
             ):
                 logger.info("the last client is gone")
                 self.stop(ShutdownMode.FAST, None)
@@ -183,6 +183,8 @@ class Loop:
 
     def stop(self, mode: ShutdownMode, requester: ClientProcess | None) -> None:
         """A shutdown request; a stronger one overrides, a weaker one changes nothing (pmdie)."""
+        if mode == ShutdownMode.SMART and requester is not None:
+            self._requesters.add(requester)
         if _policy.stronger(self._mode, mode) == self._mode:
             return
         self._mode = mode
@@ -190,7 +192,6 @@ class Loop:
         self._publish_phase()
         self.on_stop(mode)
         if mode == ShutdownMode.SMART:
-            self._requester = requester
             self.connections.refuse_new()
             return
         self.connections.refuse_new()
@@ -204,6 +205,7 @@ class Loop:
                 worker.terminated = True
                 self._table.kill_after(worker, worker.stop_timeout_ns)
         else:
+            self.domain.immediate_stop = True
             self._signal_children(signal.SIGQUIT)
             self._kill = self._timers.after(
                 KILL_AFTER_NS, lambda: self._signal_children(signal.SIGKILL)

@@ -88,17 +88,21 @@ def serve_started(settings_fd: str, ready_fd: str, owner_fd: str) -> None:
     os.set_inheritable(ready.fileno(), False)
     os.set_inheritable(int(owner_fd), False)
 
+    told = False
+
     def tell(answer: dict[str, str | None]) -> None:
+        nonlocal told
+        told = True
         try:
             ready.send(json.dumps(answer).encode(), socket.MSG_NOSIGNAL)
         except OSError:
             pass  # the starter is gone: its pidfd will say so
-        ready.close()
+        # Not closed: below first_descriptor no number may become free, see _plug_holes().
 
     try:
-        status = serve(settings, owner=int(owner_fd), accepts=lambda: tell({}))
+        status = serve(settings, int(owner_fd), lambda: tell({}), own=[ready.fileno()])
     except BaseException as exc:
-        if ready.fileno() < 0:
+        if told:
             raise
         if isinstance(exc, PgbgwError):
             tell({"message": str(exc), "detail": exc.detail, "hint": exc.hint})
@@ -118,12 +122,13 @@ def serve(
     owner: int | None = None,
     accepts: Callable[[], None] = lambda: None,
     stops: Callable[[ShutdownMode], None] = lambda mode: None,
+    own: Sequence[int] = (),
 ) -> int:
     """Be the supervisor until it is stopped; the exit status.
 
     owner: a pidfd, whose process we do not outlive by much.  accepts: called once connections are
     accepted; StartError says why they never will be.  stops: called when a shutdown begins, and
-    again for a stronger one.
+    again for a stronger one.  own: more descriptors that workers close.
     """
     with ExitStack() as stack:
         if threading.current_thread() is not threading.main_thread():
@@ -168,6 +173,7 @@ def serve(
                 locks.supervisor_fd,
                 *plugs,
                 *([] if owner is None else [owner]),
+                *own,
             ),
             first_descriptor=_highest_descriptor() + 1,
             log_level=settings.log_level,
@@ -254,7 +260,16 @@ def _preload(modules: Sequence[str]) -> dict[str, str]:
 
 
 def _open_descriptors() -> list[int]:
-    return sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1]  # the last: listdir's own
+    return sorted(fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd))
+
+
+def _is_open(fd: int) -> bool:
+    """The listing itself took a descriptor, the lowest that was free, which is closed again."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _highest_descriptor() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -37,10 +37,18 @@ def figures(info: WorkerInfo) -> Figures:
         return None
 
 
-def usage(client: Client) -> dict[str, int]:
-    workers = client.workers()
-    parallel = sum(1 for info in workers if info.flags & Flags.CLASS_PARALLEL)
-    return {"used_slots": len(workers), "used_parallel": parallel}
+def supervisor_json(client: Client, workers: Sequence[WorkerInfo]) -> dict[str, Any]:
+    """The supervisor, and how full its table is."""
+    return {
+        "address": client.address,
+        "supervisor_pid": client.supervisor_pid,
+        "epoch": client.epoch,
+        "phase": words(client.phase),
+        "max_worker_processes": client.max_worker_processes,
+        "max_parallel_workers": client.max_parallel_workers,
+        "used_worker_processes": len(workers),
+        "used_parallel_workers": sum(bool(w.flags & Flags.CLASS_PARALLEL) for w in workers),
+    }
 
 
 def _uptime(info: WorkerInfo) -> float | None:

@@ -77,7 +77,7 @@ cdef extern from "_slots.h" nogil:
         uint16_t cid
         int connection, supervisor
         unsigned fork_count
-        word_t next
+        word_t dead, next
     int client_open(client_t *, int, uint64_t, int, uint64_t, const char **)
     void client_close(client_t *)
     bint client_supervisor_gone(client_t *)
@@ -252,6 +252,10 @@ cdef class ClientView:
     def supervisor_gone(self):
         """True once the supervisor is dead; asks the kernel at most once a clock tick."""
         return client_supervisor_gone(self._open())
+
+    def note_death(self):
+        """The caller has seen that the supervisor is dead: from now on everybody knows."""
+        store_relaxed(&self._open().dead, 1)
 
     def register(self, bytes image not None, bint parallel, type handle not None):
         """Publish a record image; a new handle, or NO_SLOT, LIMIT, NO_MEMORY or AGAIN.

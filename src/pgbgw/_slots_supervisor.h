@@ -351,7 +351,7 @@ supervisor_free(supervisor_t *s, uint32_t x)
     }
     free(p->record);
     if (p->generation == GENERATION_MAX) {      /* I2: never reused, so never mistaken */
-        *p = (slot_t) {.generation = GENERATION_MAX, .state = ST_RETIRED};
+        *p = (slot_t) {.state = ST_RETIRED};    /* generation 0, which no handle has */
         store_release(&s->m.status[x].st, st_word(0, ST_NONE, 0));
         exchange_acq_rel(&s->m.controls[x].req, canonical(p));
         if (!counted)

@@ -7,7 +7,9 @@ travels towards the supervisor.
 
 from __future__ import annotations
 
+import socket
 import struct
+from array import array
 from enum import IntEnum
 
 PROTOCOL = 1
@@ -63,3 +65,17 @@ def unpack(data: bytes) -> tuple[int, int, int, bytes] | None:
     if len(data) < HEAD.size:
         return None
     return *HEAD.unpack_from(data), data[HEAD.size :]
+
+
+def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """A message and the descriptors that came with it, at most 8, closed on exec.
+
+    socket.recv_fds() will not do: in CPython 3.11 it drops its flags, MSG_DONTWAIT among them.
+    """
+    fds = array("i")
+    room = socket.CMSG_LEN(8 * fds.itemsize)
+    data, ancillary, _, _ = sock.recvmsg(65536, room, flags | socket.MSG_CMSG_CLOEXEC)
+    for level, kind, body in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+    return data, list(fds)

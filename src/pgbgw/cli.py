@@ -12,6 +12,7 @@ Output is plain text, or JSON with --json; complaints go to stderr.  Exit status
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -67,6 +68,8 @@ E = TypeVar("E", bound=Enum)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status.  Wrong usage raises SystemExit(2), as argparse does."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may be in any language
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -83,18 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: PgbgwError) -> None:
-    _log_line(f"pgbgw: {error}")
+    _say(f"pgbgw: {error}")
     if error.detail:
-        _log_line(f"DETAIL:  {error.detail}")
+        _say(f"DETAIL:  {error.detail}")
     if error.hint:
-        _log_line(f"HINT:  {error.hint}")
+        _say(f"HINT:  {error.hint}")
 
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _log_line(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -137,7 +140,7 @@ def _check(options: argparse.Namespace) -> int:
         _print_json({"file": options.file, "workers": workers, "problems": problems})
     else:
         for problem in problems:
-            _log_line(f"pgbgw: {problem}")
+            _say(f"pgbgw: {problem}")
         if not problems:
             print(f"{options.file}: ok, {workers} static worker{'' if workers == 1 else 's'}")
     return USAGE if problems else 0
@@ -145,22 +148,19 @@ def _check(options: argparse.Namespace) -> int:
 
 def _ps(options: argparse.Namespace) -> int:
     with attach(options.address) as client:
-        workers = [(info, _show.figures(info)) for info in client.workers(type=options.type)]
+        workers = client.workers()
+        shown = [
+            (info, _show.figures(info))
+            for info in workers
+            if options.type is None or info.type == options.type
+        ]
         if options.json:
             _print_json(
-                {
-                    "address": client.address,
-                    "supervisor_pid": client.supervisor_pid,
-                    "epoch": client.epoch,
-                    "phase": _show.words(client.phase),
-                    "max_worker_processes": client.max_worker_processes,
-                    "max_parallel_workers": client.max_parallel_workers,
-                    **_show.usage(client),
-                    "workers": [_show.worker_json(info, figures) for info, figures in workers],
-                }
+                _show.supervisor_json(client, workers)
+                | {"workers": [_show.worker_json(*one) for one in shown]}
             )
         else:
-            print("\n".join(_show.table(workers)))
+            print("\n".join(_show.table(shown)))
     return 0
 
 
@@ -216,9 +216,10 @@ def _wait_for(handle: WorkerHandle, name: str, options: argparse.Namespace) -> i
     if options.json:
         _print_json(_show.handle_json(handle, name) | {"outcome": _show.outcome_json(outcome)})
     else:
-        print(outcome)
+        print(_log.clean(str(outcome)))
         if outcome.kind == "exited" and outcome.error:
-            print(outcome.error.rstrip(), file=sys.stderr)
+            for line in outcome.error.splitlines():
+                _say(_log.clean(line))
     return outcome.status
 
 
@@ -310,7 +311,7 @@ def _matching(client: Client, target: str) -> list[WorkerInfo]:
 
 
 def _no_match(target: str) -> int:
-    _log_line(f'pgbgw: no worker matches "{target}"')
+    _say(f'pgbgw: no worker matches "{target}"')
     return NO_MATCH
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from pgbgw import _attachment, _runtime, _slots, _wire
 from pgbgw._attachment import Attachment
@@ -59,6 +60,7 @@ REGISTER_PAUSE = 0.00005
 _FIELDS = {f.name for f in fields(BackgroundWorker)} - {"entry", "args"}
 
 _clients: dict[str, Client] = {}  # by address
+_owners: WeakValueDictionary[_slots.ClientView, Client] = WeakValueDictionary()
 _clients_lock = threading.RLock()
 
 
@@ -133,11 +135,14 @@ class Client:
             raise
         finally:
             attachment.close_segments()
+        _owners[self._view] = self
         self._references = 0
         self._latch = Latch(self._sock, self._supervisor)
         self._latch_lock = threading.Lock()  # who holds it may read the first connection
         self._lock = threading.Lock()  # of what follows
+        self._reading = threading.Lock()  # what was read is also noted when others look
         self._pool: list[tuple[socket.socket, Latch]] = []
+        self._connections = 1  # lent, in the pool, or being made; the first one counts
         self._lent: set[socket.socket] = set()
         self._waiting = 0
         self._closed = False
@@ -312,7 +317,7 @@ class Client:
         if (name is None) == (pid is None):
             raise TypeError("find() takes either name or pid")
         if pid is not None:
-            place = self._view.slot_of_pid(pid) if pid > 0 else None
+            place = self._place(pid)
             return None if place is None else self._view.handle(*place, WorkerHandle)
         for info in self.workers():
             if info.name == name:
@@ -321,9 +326,13 @@ class Client:
 
     def worker_type(self, pid: int) -> str | None:
         """The type of the running worker with that pid, or None (GetBackgroundWorkerTypeByPid)."""
-        place = self._view.slot_of_pid(pid) if pid > 0 else None
+        place = self._place(pid)
         detail = None if place is None else self._view.detail(*place)
         return None if detail is None else detail[12]
+
+    def _place(self, pid: int) -> tuple[int, int] | None:
+        """Slot and generation of the worker that runs as this pid; None for any other number."""
+        return self._view.slot_of_pid(pid if 0 < pid < 1 << 32 else 0)
 
     def handle(self, info: WorkerInfo) -> WorkerHandle:
         """The handle on a worker of workers()."""
@@ -335,16 +344,18 @@ class Client:
             return None
         now_generation, _, ready, pid = self._view.status(slot)
         here = now_generation == generation
+        running = here and pid != 0
         handle = self._view.handle(slot, generation, WorkerHandle)
         return WorkerInfo(
             slot=slot,
             generation=generation,
-            pid=pid if here and pid else None,
+            pid=pid if running else None,
             name=detail[11],
             type=detail[12],
             status=handle.status(),
             ready=here and ready,
-            restarts=detail[3],
+            # The detail counts those before its last stop (kind 0: none yet); it runs again.
+            restarts=detail[3] + (running and detail[0] != 0),
             flags=Flags(detail[5]),
             start_time=StartTime(detail[6]),
             restart_time=None if detail[7] < 0 else detail[7] / 1e9,
@@ -370,6 +381,7 @@ class Client:
         how, _, what = return_when.partition("_")
         if how not in ("ALL", "ANY") or what not in _CONDITIONS:
             raise ValueError(f"invalid return_when: {return_when!r}")
+        self._check_open()
         wanted = set(handles)
         for handle in wanted:
             if handle.address != self._address.path:
@@ -381,6 +393,7 @@ class Client:
         """A Watch on these handles, for an event loop: a descriptor that says when to look."""
         from pgbgw.watch import Watch
 
+        self._check_open()
         return Watch(self, handles)
 
     def _wait(
@@ -403,8 +416,9 @@ class Client:
             unsure = True
             while True:
                 # Drain, then look: what comes after the look ends the sleep below.
-                heard, said = self._note([] if latch is None else latch.drain())
-                if Message.CAPACITY in said:
+                heard, said = self._hear(latch)
+                # Refused, or a connection that was closed: nothing more will come.
+                if Message.CAPACITY in said or (latch is not None and latch.hung_up):
                     listening = False
                 if unsure or Message.OVERFLOW in said:
                     check = pending
@@ -417,11 +431,13 @@ class Client:
                 # to be free in the outbox alone (for a moment, or until damage is repaired).
                 unsure = not listening or any(h._state == 0 for h in check & pending)
                 if not self._sleep(latch, deadline, LOOK_MS / 1000 if unsure else None):
+                    self._view.note_death()
                     pending = {h for h in pending if not satisfied(self, h)}
                     break
             if latch is not None and latch is not self._latch:
                 for h in handles:
                     latch.send(pack(Message.UNSUBSCRIBE, h.slot, h.generation))
+                self._hear(latch)
         return pending
 
     def _subscribe(self, latch: Latch, handles: set[WorkerHandle], deadline: float | None) -> bool:
@@ -436,8 +452,10 @@ class Client:
             deadline = soon if deadline is None else min(deadline, soon)
         if latch is not None:
             return latch.wait(deadline)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return not select.select([self._supervisor], [], [], left)[0]
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        poll = select.poll()
+        poll.register(self._supervisor, select.POLLIN)
+        return not poll.poll(left)
 
     @contextmanager
     def _borrow(self) -> Iterator[Latch | None]:
@@ -462,6 +480,7 @@ class Client:
                     self._lent.discard(lent[0])
                     if self._closed or lent[1].hung_up:
                         lent[0].close()
+                        self._connections -= 1
                     else:
                         self._pool.append(lent)
                 if self._closed and self._waiting == 0:
@@ -473,12 +492,17 @@ class Client:
                 lent = self._pool.pop()
                 self._lent.add(lent[0])
                 return lent
-            if len(self._lent) + 1 >= POOL:
+            if self._connections >= POOL:
                 return None
+            self._connections += 1
         try:
             lent = self._connect(time.monotonic() + 1.0)
-        except (AttachError, OSError):
-            return None  # the supervisor is dead, or full: look now and then
+        except BaseException as exc:
+            with self._lock:
+                self._connections -= 1
+            if isinstance(exc, (AttachError, OSError)):
+                return None  # the supervisor is dead, or full: look now and then
+            raise
         with self._lock:
             self._lent.add(lent[0])
         return lent
@@ -489,6 +513,11 @@ class Client:
         extra.close_segments()
         os.close(extra.supervisor)
         return extra.sock, Latch(extra.sock, self._supervisor)
+
+    def _hear(self, latch: Latch | None) -> tuple[set[tuple[int, int]], set[int]]:
+        """Read and note what has come on a connection that this thread holds."""
+        with self._reading:
+            return self._note([] if latch is None else latch.drain())
 
     def _note(
         self, messages: list[tuple[int, int, int, bytes]]
@@ -517,18 +546,29 @@ class Client:
             restarts=restarts,
             final=True,
         )
+        self._keep(slot, generation, outcome)
+
+    def _keep(self, slot: int, generation: int, outcome: Outcome) -> None:
+        """Remember a final outcome; the first that is heard may know more than a later one."""
         with self._lock:
-            self._finals[slot, generation] = outcome
+            self._finals.setdefault((slot, generation), outcome)
             while len(self._finals) > REMEMBERED:
                 del self._finals[next(iter(self._finals))]
 
-    def _listen(self) -> None:
-        """Note what has come on the first connection, unless a waiting thread does."""
-        if self._latch_lock.acquire(blocking=False):
-            try:
-                self._note(self._latch.drain())
-            finally:
-                self._latch_lock.release()
+    def _listen(self, patience: float = 0.0) -> None:
+        """Note what has come on the first connection.  If a thread waits there it does so itself:
+        whatever comes wakes it.  patience: seconds it is given for that."""
+        deadline = time.monotonic() + patience
+        while not self._latch_lock.acquire(blocking=False):
+            with self._reading:
+                unread = self._latch.has_message()
+            if not unread or time.monotonic() >= deadline:
+                return
+            time.sleep(0.0002)
+        try:
+            self._hear(self._latch)
+        finally:
+            self._latch_lock.release()
 
     def _tell(self, message: bytes) -> None:
         """Send a request, waiting for room; a dead supervisor is no error here."""
@@ -565,6 +605,8 @@ class Client:
                 detail=f"{shutdown.name.lower()} shutdown, {timeout} seconds",
                 hint='A stronger mode overrides: client.stop("immediate").',
             )
+        if self._view.usable:
+            self._view.note_death()
         if self._process is not None:
             self._process.wait()
 
@@ -582,6 +624,10 @@ class Client:
                 return
             if _clients.get(self._address.path) is self:
                 del _clients[self._address.path]
+            # Still under the lock: who attaches anew must not come before our DETACH.
+            self._detach()
+
+    def _detach(self) -> None:
         with self._lock:
             if self._closed:
                 return
@@ -632,9 +678,9 @@ class WorkerHandle(_slots.SlotHandle):
         return type(self), (self.epoch, self.slot, self.generation, self.address)
 
     def _find_client(self) -> Client:
-        view = self._view
-        client = _clients.get(self.address)
-        if client is None or client._view is not view:
+        # Not the client at its address: a dead supervisor may have had a successor there.
+        client = _owners.get(self._view)
+        if client is None:
             raise AttachError(
                 f'this process is not attached to the supervisor at "{self.address}"',
                 hint=f"attach({self.address!r}) before using the handle.",
@@ -663,10 +709,13 @@ class WorkerHandle(_slots.SlotHandle):
             detail = client._view.detail(self.slot, self.generation)
             if detail is not None:
                 return _outcome(detail)
-            if (self.slot, self.generation) in client._finals:
-                return client._finals[self.slot, self.generation]
             if self._state != 0:
                 return None
+            key = (self.slot, self.generation)
+            if key not in client._finals:
+                client._listen(patience=1.0)  # the slot was used on: its end has been told since
+            if (outcome := client._finals.get(key)) is not None:
+                return outcome
         return Outcome(
             kind="lost", exitcode=None, signal=None, error=None, at=0.0, restarts=0, final=True
         )
@@ -778,7 +827,17 @@ def _outcome(detail: tuple[object, ...]) -> Outcome | None:
 def _is_gone(client: Client, handle: WorkerHandle) -> bool:
     if handle._state != 0:
         return handle.status() is HandleStatus.SUPERVISOR_DIED
-    return handle._freed or (handle.slot, handle.generation) in client._finals
+    if (handle.slot, handle.generation) in client._finals:
+        return True
+    if not handle._freed:
+        return False
+    if handle.epoch == client.epoch:
+        # Keep what its detail says: others may use the slot before we look again.
+        detail = client._view.detail(handle.slot, handle.generation)
+        outcome = None if detail is None else _outcome(detail)
+        if outcome is not None:
+            client._keep(handle.slot, handle.generation, outcome)
+    return True
 
 
 def _is_stopped(client: Client, handle: WorkerHandle) -> bool:

@@ -50,6 +50,13 @@ class Latch:
                 found.append(message)
         return found
 
+    def has_message(self) -> bool:
+        """Would drain() find something?"""
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
     def wait(self, deadline: float | None) -> bool:
         """Wait for a message, the supervisor's death or the deadline; False if the supervisor died.
 
@@ -58,7 +65,7 @@ class Latch:
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             # Rounded up: a wait must not end before its time.
-            step = None if left is None else min(-(-left * 1000 // 1), _STEP)
+            step = None if left is None else -(-min(left * 1000, _STEP) // 1)
             if self.hung_up:
                 step = LOOK_MS if step is None else min(step, LOOK_MS)
             events = self._poll.poll(step)

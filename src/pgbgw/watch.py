@@ -40,7 +40,11 @@ class Watch:
         self._epoll = select.epoll()
         self._epoll.register(self._sock, select.EPOLLIN)
         self._epoll.register(self._supervisor, select.EPOLLIN)
-        self.add(*handles)
+        try:
+            self.add(*handles)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +88,7 @@ class Watch:
         Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
         watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
         """
-        heard, said = self._client._note(self._latch.drain())
+        heard, said = self._client._hear(self._latch)
         changed = []
         with self._lock:
             self._refused = self._refused or Message.CAPACITY in said
@@ -98,9 +102,16 @@ class Watch:
                     changed.append(handle)
                 if state == 0:
                     del self._handles[key], self._states[key]
-        if not changed and select.select([self._supervisor], [], [], 0)[0]:
+        if not changed and self._dead():
+            if self._client._view.usable:
+                self._client._view.note_death()
             raise SupervisorDiedError(f'the supervisor at "{self._client.address}" is dead')
         return changed
+
+    def _dead(self) -> bool:
+        poll = select.poll()
+        poll.register(self._supervisor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Give the connection back.  The workers are not affected."""
