@@ -54,6 +54,7 @@ _NEVER_BLOCKED = {
 _CHANNEL_PATIENCE = 30.0  # seconds: a supervisor that lives takes a message long before
 
 _current: Worker | None = None
+_process = 0  # the worker's pid, or that of the fork of it that this process is
 
 
 def current_worker() -> Worker:
@@ -169,9 +170,9 @@ class Worker:
         self._tell(Message.JOIN)
         deadline = time.monotonic() + _CHANNEL_PATIENCE
         while not self._answers:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._channel], [], [], left)[0]:
+            if time.monotonic() >= deadline:
                 raise PgbgwError("the supervisor does not answer", hint="See its log.")
+            _await_channel(self._channel, select.POLLIN, 0.1)  # another thread may have read it
             self._read_channel()
         type, data, fds = self._answers.pop(0)
         if type != Message.WELCOME:
@@ -254,6 +255,8 @@ class Worker:
 
     def _tell(self, type: Message, body: bytes = b"", patience: float = _CHANNEL_PATIENCE) -> None:
         """Send to the supervisor; wait for room.  The supervisor's death is ours, so no error."""
+        if os.getpid() != self._pid:
+            return  # a fork of the worker that has come back to our frames: not its to tell
         a = self._assignment
         message = pack(type, max(a.slot, 0), a.generation, body)
         deadline = time.monotonic() + patience
@@ -265,7 +268,7 @@ class Worker:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return
-                select.select([], [self._channel], [], min(left, 1.0))
+                _await_channel(self._channel, select.POLLOUT, min(left, 1.0))
             except OSError:
                 return
 
@@ -366,6 +369,12 @@ class Worker:
         return self._connection
 
 
+def _await_channel(channel: socket.socket, event: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(channel, event)
+    poll.poll(seconds * 1000)
+
+
 def _drain(end: socket.socket) -> None:
     try:
         while end.recv(4096):
@@ -402,9 +411,9 @@ def background_worker_entry(channel_fd: str) -> NoReturn:
 def _start(
     surroundings: Surroundings, assignment: Assignment, record: bytes, channel: socket.socket
 ) -> NoReturn:
-    global _current
+    global _current, _process
     worker = Worker(BackgroundWorker._from_record(record), assignment, surroundings, channel)
-    _current = worker
+    _current, _process = worker, worker._pid
     worker._install_handlers()
     os._exit(_run(worker))
 
@@ -509,16 +518,20 @@ def lookup_function(entry: str) -> Callable[..., object]:
 
 
 def _bind_to_parent() -> None:
-    """In a process that the worker forks: die with it, as it dies with the supervisor.
+    """In a process that the worker forks, or one of its forks: die with it, as it dies with the
+    supervisor; and leave the worker's waits alone when a signal comes.
 
     Only from the main thread: the kernel binds the signal to the thread that forked, and would
     send it when that thread ends.
     """
+    global _process
+    parent, _process = _process, os.getpid()
+    signal.set_wakeup_fd(-1)  # shared with the worker
     worker = _current
     if worker is None or threading.get_ident() != worker._main_thread:
         return
     _kernel.set_parent_death_signal(signal.SIGKILL)
-    if os.getppid() != worker._pid:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -53,6 +53,7 @@ class RegisteredWorker:
         "failures",
         "flags",
         "generation",
+        "graced",
         "launches",
         "name",
         "notify",
@@ -87,6 +88,7 @@ class RegisteredWorker:
         self.order = min(registered, time.monotonic_ns())
         self.child: Child | None = None
         self.terminated = False  # never (re)start it (rw_terminate)
+        self.graced = False  # a client said how long it may take to stop
         self.launches = 0
         self.failures = 0  # in a row
         self.outcome: dict[str, Any] | None = None  # of the last run, for the next
@@ -261,9 +263,16 @@ class WorkerTable:
         if worker.child is None:
             self._forget_idle(worker)
             return
+        explicit = grace_ns >= 0
         if first:
             worker.child.signal(signal.SIGTERM)
-            grace_ns = grace_ns if grace_ns >= 0 else worker.stop_timeout_ns
+            if grace_ns < 0:
+                grace_ns = worker.stop_timeout_ns
+        if explicit and not worker.graced:
+            # The bit that says "terminate" may have been seen first; the caller's word counts.
+            worker.graced = True
+            if not self.stopping:
+                worker.set_timer(None)
         self.kill_after(worker, grace_ns)
 
     def kill_after(self, worker: RegisteredWorker, grace_ns: int) -> None:
@@ -491,6 +500,7 @@ class WorkerTable:
         (ResetBackgroundWorkerCrashTimes).  Those that never restart were forgotten as they died."""
         for worker in self:
             if worker.shmem_access and worker.child is None and worker.timer is not None:
+                worker.failures = 0  # the resets have a backoff of their own
                 self._restart_due(worker)
         self._view.request_sweep()  # they may have been clients, and damaged more than their memory
 

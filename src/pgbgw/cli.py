@@ -25,7 +25,7 @@ from enum import Enum
 from math import isfinite
 from typing import Any, TypeVar
 
-from pgbgw import __version__, _log, _runtime, _show, config
+from pgbgw import __version__, _log, _runtime, _show
 from pgbgw.client import Client, WorkerHandle, attach
 from pgbgw.errors import (
     AttachError,
@@ -406,7 +406,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--restart",
         metavar="DURATION",
-        type=_typed(config.parse_duration),
+        type=_duration,
         help='restart it so long after a failure: "5s", "never" (the default)',
     )
     c.add_argument("--parallel", action="store_true", help="count it against max_parallel_workers")
@@ -428,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--stop-timeout",
         metavar="DURATION",
-        type=_typed(config.parse_duration),
+        type=_duration,
         help='SIGKILL so long after SIGTERM: "5s", "never" (the default)',
     )
     c.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], type=_assignment)
@@ -490,6 +490,12 @@ def _typed(parse: Callable[[object], T]) -> Callable[[str], T]:
             ) from None
 
     return convert
+
+
+def _duration(text: str) -> float | None:
+    from pgbgw.config import parse_duration
+
+    return _typed(parse_duration)(text)
 
 
 def _address(text: str) -> str:

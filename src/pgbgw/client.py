@@ -411,7 +411,7 @@ class Client:
         pending = {h for h in handles if not satisfied(self, h)}
         if over():
             return pending
-        with self._borrow() as latch:
+        with self._borrow(deadline) as latch:
             listening = latch is not None and self._subscribe(latch, pending, deadline)
             unsure = True
             while True:
@@ -435,9 +435,13 @@ class Client:
                     pending = {h for h in pending if not satisfied(self, h)}
                     break
             if latch is not None and latch is not self._latch:
-                for h in handles:
-                    latch.send(pack(Message.UNSUBSCRIBE, h.slot, h.generation))
+                now = time.monotonic()
+                tidy = all(
+                    latch.send(pack(Message.UNSUBSCRIBE, h.slot, h.generation), now) for h in handles
+                )
                 self._hear(latch)
+                if not tidy:  # a supervisor that does not read: hang up instead of waiting for it
+                    latch.hung_up = True
         return pending
 
     def _subscribe(self, latch: Latch, handles: set[WorkerHandle], deadline: float | None) -> bool:
@@ -458,7 +462,7 @@ class Client:
         return not poll.poll(left)
 
     @contextmanager
-    def _borrow(self) -> Iterator[Latch | None]:
+    def _borrow(self, deadline: float | None) -> Iterator[Latch | None]:
         """A connection for one waiting thread: the client's own, one of the pool, or None."""
         with self._lock:
             self._check_open()
@@ -469,7 +473,7 @@ class Client:
             if own:
                 yield self._latch
             else:
-                lent = self._take_from_pool()
+                lent = self._take_from_pool(deadline)
                 yield None if lent is None else lent[1]
         finally:
             if own:
@@ -486,7 +490,7 @@ class Client:
                 if self._closed and self._waiting == 0:
                     self._close_descriptors()
 
-    def _take_from_pool(self) -> tuple[socket.socket, Latch] | None:
+    def _take_from_pool(self, deadline: float | None) -> tuple[socket.socket, Latch] | None:
         with self._lock:
             if self._pool:
                 lent = self._pool.pop()
@@ -495,8 +499,9 @@ class Client:
             if self._connections >= POOL:
                 return None
             self._connections += 1
+        soon = time.monotonic() + 1.0
         try:
-            lent = self._connect(time.monotonic() + 1.0)
+            lent = self._connect(soon if deadline is None else min(deadline, soon))
         except BaseException as exc:
             with self._lock:
                 self._connections -= 1
@@ -596,15 +601,13 @@ class Client:
             raise ValueError(f"mode must be 'smart', 'fast' or 'immediate', not {mode!r}")
         deadline = deadline_after(timeout)
         self._tell(pack(Message.STOP, shutdown))
-        poll = select.poll()
-        poll.register(self._supervisor, select.POLLIN)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        if not poll.poll(left):
-            raise WaitTimeoutError(
-                f'the supervisor at "{self._address}" did not stop in time',
-                detail=f"{shutdown.name.lower()} shutdown, {timeout} seconds",
-                hint='A stronger mode overrides: client.stop("immediate").',
-            )
+        while self._sleep(None, deadline, 3600.0):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeoutError(
+                    f'the supervisor at "{self._address}" did not stop in time',
+                    detail=f"{shutdown.name.lower()} shutdown, {timeout} seconds",
+                    hint='A stronger mode overrides: client.stop("immediate").',
+                )
         if self._view.usable:
             self._view.note_death()
         if self._process is not None:

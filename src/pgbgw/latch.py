@@ -88,7 +88,7 @@ class Latch:
                 poll.register(self._sock, select.POLLOUT)
                 poll.register(self._supervisor, select.POLLIN)
                 left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-                events = poll.poll(left)
+                events = poll.poll(None if left is None else min(left, _STEP))
                 if not events or any(fd == self._supervisor for fd, _ in events):
                     return False
             except OSError:

@@ -172,6 +172,33 @@ def test_B04_each_phase_launches_exactly_the_workers_whose_start_time_has_come(
         Path(f"{path}.release").touch()
 
 
+@pytest.mark.parametrize("how", ["exits 1", "exits 2", "leaves at once with 0", "is killed"])
+def test_B04_a_startup_worker_that_fails_ends_the_supervisor_with_status_1(
+    how: str, startup: Startup, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(capfd)
+    client = Supervisor(startup=startup.entry).start()
+    startup.wait_for_run(1)
+    early = client.register(SLEEP, start_time=StartTime.SUPERVISOR_START)
+    early.wait_for_ready(30)
+    waiting = client.register(NOOP)
+    if how == "is killed":
+        os.kill(startup.pid, signal.SIGKILL)
+    elif how == "leaves at once with 0":
+        startup.leave_at_once()
+    else:
+        startup.finish(int(how[-1]))
+    process = client._process
+    assert process is not None
+    assert process.wait(30) == 1
+    log.wait_for("FATAL", "the startup worker failed")
+    assert (outcome := early.outcome) is not None
+    assert (outcome.exitcode, outcome.final) == (2, True)
+    assert (outcome := waiting.outcome) is not None
+    assert outcome.kind == "cancelled"
+    client.close()
+
+
 def test_B05_an_advancing_phase_stops_no_worker(startup: Startup, tmp_path: Path) -> None:
     path = str(tmp_path / "signals")
     recorder = ("support.lifecycle_workers:record_signals", path, "SIGTERM", "SIGUSR1")
@@ -246,10 +273,15 @@ def test_B07_a_terminate_just_after_the_fork_is_not_lost(
         assert lines(tmp_path / "log") == []
 
 
+@METHODS
 @pytest.mark.parametrize("where", ["before its handlers are in", "before its entry is called"])
-def test_B07_an_emergency_stop_just_after_the_fork_is_not_lost(where: str, faults: Faults) -> None:
+def test_B07_an_emergency_stop_just_after_the_fork_is_not_lost(
+    where: str, start_method: str, faults: Faults
+) -> None:
     delay = 0.3 if where == "before its entry is called" else 0.0
-    with supervisor(preload=faults.preload, post_auth_delay=delay) as client:
+    with supervisor(
+        preload=faults.preload, post_auth_delay=delay, start_method=start_method
+    ) as client:
         if not delay:
             faults.set("slow_child", 0.3)
         handle = client.register(SLEEP)

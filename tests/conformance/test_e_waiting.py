@@ -426,25 +426,25 @@ def test_E12_a_worker_without_a_database_launches_another_and_is_woken(
 def test_E13_who_did_not_register_a_worker_is_woken_as_well() -> None:
     code = """
         from pgbgw import attach
-        client = attach(address)
-        test.send("waiting")
-        test.send([handle.wait_for_ready(30), handle.wait_for_shutdown(30)])
-        test.send(handle.wait_until_gone(30))
-        client.close()
+        with attach(address) as client:
+            for wait in handle.wait_for_ready, handle.wait_for_shutdown, handle.wait_until_gone:
+                test.send("waiting")
+                test.send(wait(30))
     """
     with supervisor() as client:
-        with paused(client):  # the observer is there before the worker is
-            handle = client.register(workers.sleep_until_stopped, notify=False)
+        handle = client.register(workers.sleep_until_stopped, notify=False)
         with (
             Script(code, address=client.address, handle=handle) as first,
             Script(code, address=client.address, handle=handle) as second,
         ):
             for script in (first, second):
                 assert script.hear() == "waiting"
-            handle.wait_for_ready(30)
+                assert script.hear() is STARTED
+                assert script.hear() == "waiting"
             handle.terminate()
             for script in (first, second):
-                assert script.hear() == [STARTED, STOPPED]
+                assert script.hear() is STOPPED
+                assert script.hear() == "waiting"
                 assert script.hear() == handle.outcome
 
 
@@ -601,3 +601,15 @@ def test_E17_a_wait_with_a_timeout_ends_though_the_supervisor_does_not_answer() 
             with pytest.raises(WaitTimeoutError):
                 handle.wait_for_shutdown(0.05)
             assert client.wait([handle], 0.05) == (set(), {handle})
+
+
+def test_E17_a_timed_wait_of_a_second_thread_ends_though_the_supervisor_does_not_answer() -> None:
+    with supervisor() as client, ThreadPoolExecutor(2) as pool:
+        handle = client.register(workers.sleep_until_stopped)
+        handle.wait_for_ready(30)
+        with paused(client):
+            results = [pool.submit(handle.wait_for_shutdown, 0.1) for _ in range(2)]
+            for result in results:
+                with pytest.raises(WaitTimeoutError):
+                    result.result(30)
+        assert handle.status() is STARTED

@@ -68,7 +68,7 @@ def test_F01_the_default_is_to_exit_with_1_at_the_next_safe_point(
         handle.terminate()
         outcome = handle.wait_until_gone(30)
         assert (outcome.kind, outcome.exitcode, outcome.error) == ("exited", 1, None)
-        Log(capfd).wait_for('"busy"', "terminated by request")
+        Log(capfd).wait_for('"busy"', "terminated")
 
 
 def test_F01_a_worker_is_terminated_by_whoever_has_its_handle() -> None:

@@ -40,6 +40,7 @@ from support.slot_tables import (
     word,
 )
 
+seldom = st.sampled_from([False, False, False, False, True])
 SIZES = st.sampled_from([(1, 0), (1, 1), (2, 1), (3, 2), (64, 2), (65, 3)])
 MAX_CLIENTS = 3
 REJECTED, CANCELLED = OUTCOME_KINDS.index("rejected"), OUTCOME_KINDS.index("cancelled")
@@ -57,6 +58,7 @@ class Slot:
     noticed: bool = False  # the supervisor has told of the terminate
     bad: bool = False  # its record cannot be run
     pid: int = 0
+    ready: bool = False  # while it runs
     fates: dict[int, int] = field(default_factory=dict)  # kinds of past generations' outcomes
 
     @property
@@ -105,6 +107,9 @@ class SlotTable(RuleBasedStateMachine):
         self.pids = 1000
         self.attach()
 
+    def some(self, *statuses: str) -> bool:
+        return any(s.status in statuses for s in self.slots)
+
     def teardown(self) -> None:
         if hasattr(self, "table"):
             del self.view
@@ -132,7 +137,7 @@ class SlotTable(RuleBasedStateMachine):
         assert client.rings() == expected
 
     @precondition(lambda self: self.clients)
-    @rule(target=handles, n=st.integers(0, 9), parallel=st.booleans(), bad=st.booleans())
+    @rule(target=handles, n=st.integers(0, 9), parallel=st.booleans(), bad=seldom)
     def register(self, n: int, parallel: bool, bad: bool) -> Handle | object:
         client = self.client(n)
         what = image(version=7, flags=0x10 if parallel else 0) if bad else record(parallel=parallel)
@@ -237,23 +242,22 @@ class SlotTable(RuleBasedStateMachine):
         self.gone.add(client.cid)
         self.view.client_gone(client.cid)
 
-    @rule()
-    def lose_the_bits(self) -> None:
-        """As when clients die between the change and the bit, or a rogue clears them."""
-        self.table.dirty = set()
-        self.dirty.clear()
-
-    @rule()
-    def lose_the_hints(self) -> None:
-        self.table.hints = set()
+    @rule(hints=st.booleans())
+    def lose_bits(self, hints: bool) -> None:
+        """As when clients die just before they set them, or a rogue clears them."""
+        if hints:
+            self.table.hints = set()
+        else:
+            self.table.dirty = set()
+            self.dirty.clear()
 
     # --- the supervisor ---------------------------------------------------------------------
 
-    def look(self, x: int, sweeping: bool) -> list[Event]:
+    def look(self, x: int) -> list[Event]:
         """What the supervisor has to find at a slot."""
         slot = self.slots[x]
         generation, cid = slot.generation, slot.cid
-        if slot.status == "claimed" and sweeping and cid in self.gone:
+        if slot.status == "claimed" and cid in self.gone:
             self.free(x)
             return [Event("reclaimed", x, generation, 0, None)]
         if slot.status == "pending":
@@ -270,10 +274,13 @@ class SlotTable(RuleBasedStateMachine):
             return [Event("terminated", x, generation, cid, None)]
         return []
 
-    @rule()
-    def notice(self) -> None:
-        """Drain the dirty bits."""
-        expected = [e for x in sorted(self.dirty) for e in self.look(x, True)]
+    @rule(again=st.booleans())
+    def notice(self, again: bool) -> None:
+        """Drain the dirty bits; sometimes of slots where nothing is new."""
+        if again:
+            self.dirty |= {x for x, s in enumerate(self.slots) if s.status != "claimed"}
+            self.table.dirty = self.dirty
+        expected = [e for x in sorted(self.dirty) for e in self.look(x)]
         self.dirty.clear()
         self.awake()
         assert sorted(self.table.settle()) == sorted(expected)
@@ -281,7 +288,7 @@ class SlotTable(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         """A whole round: nothing is missed, and the dead are buried."""
-        expected = [e for x in range(self.nslots) for e in self.look(x, True)]
+        expected = [e for x in range(self.nslots) for e in self.look(x)]
         self.awake()
         assert sorted(self.table.sweep()) == sorted(expected)
         for token, cid in list(self.holders.items()):
@@ -292,10 +299,9 @@ class SlotTable(RuleBasedStateMachine):
         free = {x for x, s in enumerate(self.slots) if s.status == "free"}
         assert free <= self.table.hints  # lost ones are set again
 
+    @precondition(lambda self: not self.asleep)
     @rule()
     def fall_asleep(self) -> None:
-        if self.asleep:
-            return
         self.asleep = self.view.prepare_sleep()
         assert self.asleep == (not self.dirty)
         self.rung.clear()
@@ -305,54 +311,48 @@ class SlotTable(RuleBasedStateMachine):
         self.asleep = False
         self.rung.clear()
 
-    def pick(self, n: int, *statuses: str) -> int | None:
+    def pick(self, n: int, *statuses: str) -> int:
         found = [x for x, s in enumerate(self.slots) if s.status in statuses]
-        return found[n % len(found)] if found else None
+        return found[n % len(found)]
 
+    @precondition(lambda self: self.some("accepted", "stopped"))
     @rule(n=st.integers(0, 64), ready=st.booleans())
     def start_worker(self, n: int, ready: bool) -> None:
         x = self.pick(n, "accepted", "stopped")
-        if x is not None:
-            self.pids += 1
-            self.slots[x].status, self.slots[x].pid = "running", self.pids
-            self.view.set_running(x, self.pids, NOW)
-            if ready:
-                self.view.set_ready(x)
+        self.pids += 1
+        self.slots[x].status, self.slots[x].pid = "running", self.pids
+        self.slots[x].ready = ready
+        self.view.set_running(x, self.pids, NOW)
+        if ready:
+            self.view.set_ready(x)
 
-    @rule(n=st.integers(0, 64))
-    def exit_worker_to_restart_it(self, n: int) -> None:
-        x = self.pick(n, "running")
-        if x is not None:
-            self.slots[x].status, self.slots[x].pid = "stopped", 0
-            self.view.set_outcome(x, 1, 1, 0, 0, False, NOW, b"")
-            self.view.set_stopped(x)
-
-    @rule(n=st.integers(0, 64), kind=st.integers(1, 5))
-    def forget_worker(self, n: int, kind: int) -> None:
+    @precondition(lambda self: self.some("accepted", "running", "stopped"))
+    @rule(n=st.integers(0, 64), kind=st.integers(1, 5), final=st.booleans())
+    def end_worker(self, n: int, kind: int, final: bool) -> None:
+        """A worker that runs exits, for good or not; one that does not is forgotten."""
         x = self.pick(n, "accepted", "running", "stopped")
-        if x is not None:
-            self.view.set_outcome(x, kind, 3, 4, 5, True, NOW, b"why")
+        final = final or self.slots[x].status != "running"
+        self.view.set_outcome(x, kind, 3, 4, 5, final, NOW, b"why")
+        if final:
             self.free(x, kind)
             self.view.free(x)
+        else:
+            self.slots[x].status, self.slots[x].pid = "stopped", 0
+            self.view.set_stopped(x)
 
+    @precondition(lambda self: not self.some("claimed", "pending"))
     @rule()
     def register_static(self) -> None:
-        """Only before anybody attaches, in truth; a claim would be overwritten."""
-        if any(s.status in ("claimed", "pending") for s in self.slots):
-            return
+        """In truth only before anybody attaches: it takes no notice of claims."""
         x = next((x for x, s in enumerate(self.slots) if not s.known), None)
         result = self.view.register(record(), NOW)
         assert result == (NO_SLOT if x is None else x)
         if x is not None:
             self.slots[x].status = "accepted"
 
-    @rule()
-    def stop_accepting(self) -> None:
-        self.accepting = self.view.accepting = False
-
-    @rule()
-    def accept_again(self) -> None:
-        self.accepting = self.view.accepting = True
+    @rule(stop=seldom)
+    def stop_accepting(self, stop: bool) -> None:
+        self.accepting = self.view.accepting = not stop
 
     # --- what must agree after every step ---------------------------------------------------
 
@@ -387,8 +387,9 @@ class SlotTable(RuleBasedStateMachine):
         for client in self.clients:
             assert client.view.occupied() == known
             for x, slot in enumerate(self.slots):
-                generation, state, _, pid = client.view.status(x)
+                generation, state, ready, pid = client.view.status(x)
                 assert (generation, pid) == (slot.generation, slot.pid)
+                assert ready == (slot.status == "running" and slot.ready)
                 assert state == codes.get(slot.status, 0)
                 if slot.pid:
                     assert client.view.slot_of_pid(slot.pid) == (x, slot.generation)
@@ -416,4 +417,4 @@ class SlotTable(RuleBasedStateMachine):
 
 
 TestSlotTable = SlotTable.TestCase
-TestSlotTable.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestSlotTable.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

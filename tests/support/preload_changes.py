@@ -7,20 +7,20 @@ import os
 import sys
 from pathlib import Path
 
-MARK = "PGBGW_TEST_PRELOADED"
-
-os.environ[MARK] = "changed by preload"
+os.environ["PGBGW_TEST_PRELOADED"] = "yes"
 os.environ.pop("PGBGW_TEST_KEPT", None)
 sys.path.append("/added/by/preload")
 os.chdir("/")
 
-# What preload opens, workers keep, and with it the numbers that were free below.
-reader = os.dup2(os.open(__file__, os.O_RDONLY), 20)
+# What preload opens, workers keep; the numbers below it that are free here must not become theirs.
+with Path(__file__).open() as file:
+    descriptor = os.dup2(file.fileno(), 20, inheritable=False)
 
-if leaves := os.environ.get("PGBGW_TEST_ATEXIT"):
 
-    def left_behind() -> None:
-        with Path(leaves).open("a") as file:
-            file.write(f"preloaded function in {os.getpid()}\n")
+def left_behind(path: str) -> None:
+    with Path(path).open("a") as file:
+        file.write(f"function of preload in {os.getpid()}\n")
 
-    atexit.register(left_behind)
+
+if "PGBGW_TEST_ATEXIT" in os.environ:
+    atexit.register(left_behind, os.environ["PGBGW_TEST_ATEXIT"])

@@ -103,24 +103,56 @@ def run_script(code: str, **variables: object) -> Any:
         return script.hear()
 
 
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+
 # --- forks ------------------------------------------------------------------------------------
 
 
 def in_fork(function: Callable[[], object]) -> Any:
     """Call function in a fork of this process; what it returns, or the failure that it raised."""
+    return _start_fork(None, function)()
+
+
+def fork_as(pid: int, function: Callable[[], object]) -> Callable[[], Any] | None:
+    """Begin that in a fork with that very number; a callable that waits for its answer.
+
+    None if we may not choose the number.
+    """
+    for _ in range(100):  # other processes are forked meanwhile
+        try:
+            LAST_PID.write_text(str(pid - 1))
+        except OSError:
+            return None
+        if answer := _start_fork(pid, function):
+            return answer
+    return None
+
+
+def _start_fork(wanted: int | None, function: Callable[[], object]) -> Callable[[], Any] | None:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
+        if wanted not in (None, os.getpid()):
+            os._exit(0)
         _report(function, write)
     os.close(write)
-    with os.fdopen(read, "rb") as file:
-        data = file.read()
+
+    def answer() -> Any:
+        with os.fdopen(read, "rb") as file:
+            data = file.read()
+        os.waitpid(pid, 0)
+        assert data, "the fork died without a word"
+        result, failure = pickle.loads(data)
+        if failure is not None:
+            raise AssertionError(f"in the fork: {failure}")
+        return result
+
+    if wanted in (None, pid):
+        return answer
+    os.close(read)
     os.waitpid(pid, 0)
-    assert data, "the fork died without a word"
-    result, failure = pickle.loads(data)
-    if failure is not None:
-        raise AssertionError(f"in the fork: {failure}")
-    return result
+    return None
 
 
 def _report(function: Callable[[], object], write: int) -> NoReturn:
@@ -143,33 +175,24 @@ def bystander(pid: int) -> Iterator[Callable[[], set[signal.Signals]] | None]:
 
     The callable tells which signals it was sent: they stay pending, as all are blocked.
     """
-    found = _fork_as(pid)
+
+    def stand_by() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            time.sleep(3600)
+
+    found = fork_as(pid, stand_by)
     try:
-        yield None if found is None else lambda: pending_signals(pid)
+        if found is None:
+            yield None
+        else:
+            poll_until(lambda: len(signals_of(pid, "SigBlk")) > 50)
+            yield lambda: pending_signals(pid)
     finally:
         if found is not None:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-def _fork_as(pid: int) -> int | None:
-    last = Path("/proc/sys/kernel/ns_last_pid")
-    for _ in range(100):  # other processes are forked meanwhile
-        try:
-            last.write_text(str(pid - 1))
-        except OSError:
-            return None
-        child = os.fork()
-        if child == 0:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            while True:
-                time.sleep(3600)
-        if child == pid:
-            poll_until(lambda: len(signals_of(pid, "SigBlk")) > 50)
-            return pid
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return None
+            with suppress(AssertionError):  # it dies without a word
+                found()
 
 
 def signals_of(pid: int, line: str) -> set[int]:
