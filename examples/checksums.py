@@ -233,7 +233,7 @@ def run(roots: list[str], scratch: Path) -> int:
     for name, value in table.items():
         print(f"{name:24}{value:>14,}")
 
-    problems = [f"{path} differs" for path in sorted(differences - foreign)]
+    problems = [f"{path!r} differs" for path in sorted(differences - foreign)]
     problems += [f"process {pid} is left over" for pid in orphans]
     problems += ["a slot or token is leaked"] if leaked else []
     problems += [f"the parallel limit is {PARALLEL}"] if most > PARALLEL else []
@@ -254,7 +254,7 @@ def run_clients(
     """
     begin = time.monotonic()
     killed = False
-    seen = 0
+    stored = seen = 0
     with ExitStack() as stack:
         processes = []
         for share in range(CLIENTS):
@@ -267,7 +267,8 @@ def run_clients(
             seconds = time.monotonic() - begin
             running = len(client.workers(type="hash"))
             seen = max(seen, running)
-            stored = int(coordinator.info().activity.partition(" ")[0] or 0)
+            said = coordinator.info().activity.partition(" ")[0]
+            stored = int(said or stored)  # just restarted it says nothing yet
             show(f"{seconds:5.1f} s: {stored} of {total} directories, {running} workers")
             if not killed and stored >= total // 3:
                 killed = kill_both(client, coordinator)

@@ -54,6 +54,7 @@ class Loop:
         self._exit_status = 0
         self._kill: Timer | None = None
         self._tick: Timer | None = None
+        self._rejection_noise = RateLimit(1, 100)
         self._repair_noise = RateLimit(1, 10)
         self._publish_phase()
 
@@ -130,7 +131,10 @@ class Loop:
                 outcome = (CANCELLED, 0, 0, 0, time.time_ns())
                 self.connections.tell_registrant(cid, slot, generation, outcome)
             elif action == _slots.EVENT_REJECTED:
-                logger.warning("registration in slot %d/%d rejected: %s", slot, generation, reason)
+                if self._rejection_noise.allow(time.monotonic()):
+                    logger.warning(
+                        "registration in slot %d/%d rejected: %s", slot, generation, reason
+                    )
                 outcome = (REJECTED, 0, 0, 0, time.time_ns())
                 self.connections.tell_registrant(cid, slot, generation, outcome)
             elif action == _slots.EVENT_REPAIRED:

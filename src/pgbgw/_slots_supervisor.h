@@ -9,6 +9,8 @@
 
 #define DRAIN_MAX 256                   /* looks in one pass of the loop: 2 ms of what follows */
 #define SLICE_MAX 16384                 /* words in one slice of a sweep */
+#define HEADROOM ((size_t) 4 << 20)     /* bytes to spare: see supervisor_has_memory() */
+#define HEADROOM_PER_SLOT 64
 
 /* The truth about a slot. */
 typedef struct {
@@ -452,6 +454,19 @@ supervisor_refuse(supervisor_t *s, uint32_t x, uint32_t kind, const char *reason
     supervisor_free(s, x);
 }
 
+/* Is there memory for one more registration?  Its private copy is the smallest part: lists, sets
+ * and dictionaries on the Python side grow with it, and no memory there would be our end.  So none
+ * is accepted without room to spare for all else that the supervisor does (I06). */
+static inline bool
+supervisor_has_memory(const supervisor_t *s)
+{
+    void *reserve = malloc(HEADROOM + (size_t) s->m.g.nslots * HEADROOM_PER_SLOT);
+
+    __asm__ volatile("" : "+r"(reserve));       /* a compiler may drop a malloc that is not used */
+    free(reserve);
+    return reserve != NULL;
+}
+
 /* S2 and S3: take a published registration over, or refuse it. */
 static inline void
 supervisor_accept(supervisor_t *s, uint32_t x, uint64_t w, int64_t now, event_t *e)
@@ -465,7 +480,7 @@ supervisor_accept(supervisor_t *s, uint32_t x, uint64_t w, int64_t now, event_t 
     store_release(&s->m.outbox->nfree, load_relaxed(&s->m.outbox->nfree) - 1);
     p->cid = (uint16_t) req_cid(w);
     e->cid = p->cid;
-    p->record = record_copy(record_of(&s->m, x));
+    p->record = supervisor_has_memory(s) ? record_copy(record_of(&s->m, x)) : NULL;
     if (!p->record || !supervisor_populate(s, x))
         problem = "no memory";
     else if (!bound)

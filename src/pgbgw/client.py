@@ -103,10 +103,12 @@ def join(address: str, answer: tuple[bytes, list[int]]) -> Client:
 def _known(target: Address) -> Client | None:
     """The client that is attached there, unless its supervisor has died meanwhile."""
     client = _clients.get(target.path)
-    if client is not None and (not client._view.usable or client._view.supervisor_gone()):
-        del _clients[target.path]
-        return None
-    return client
+    if client is not None and client._view.usable:
+        if client._sleep(None, 0.0, None):
+            return client
+        client._view.note_death()
+    _clients.pop(target.path, None)
+    return None
 
 
 class Client:
@@ -436,9 +438,8 @@ class Client:
                     break
             if latch is not None and latch is not self._latch:
                 now = time.monotonic()
-                tidy = all(
-                    latch.send(pack(Message.UNSUBSCRIBE, h.slot, h.generation), now) for h in handles
-                )
+                farewell = (pack(Message.UNSUBSCRIBE, h.slot, h.generation) for h in handles)
+                tidy = all(latch.send(message, now) for message in farewell)
                 self._hear(latch)
                 if not tidy:  # a supervisor that does not read: hang up instead of waiting for it
                     latch.hung_up = True
@@ -724,14 +725,19 @@ class WorkerHandle(_slots.SlotHandle):
         )
 
     def info(self) -> WorkerInfo:
-        """What `pgbgw ps` shows of it.  PgbgwError once its slot was used by others."""
+        """What `pgbgw ps` shows of it.
+
+        PgbgwError until the supervisor has taken it over, and once its slot was used by others.
+        """
         client = self._find_client()
         info = None
         if self._view.epoch == self.epoch:
             info = client._view_info(self.slot, self.generation)
         if info is None:
+            early = self.status() is HandleStatus.NOT_YET_STARTED
             raise PgbgwError(
-                f"nothing is known any more of the worker {self.slot}/{self.generation}"
+                f"nothing is known {'yet' if early else 'any more'} of the worker"
+                f" {self.slot}/{self.generation}"
             )
         return info
 

@@ -18,6 +18,7 @@ from pgbgw._launch import interpreter_command
 from pgbgw._serve import Settings, serve
 from pgbgw._systemd import Systemd
 from pgbgw.errors import (
+    AttachError,
     ConfigurationError,
     NoFreeSlotError,
     ParallelLimitError,
@@ -221,6 +222,13 @@ class Supervisor:
         process = _start_process(self._settings)
         try:
             client = attach(address.path)
+        except AttachError as exc:  # its startup worker has failed already, above all
+            status = _wait_or_kill(process)
+            raise StartError(
+                "the supervisor stopped as soon as it had started",
+                detail=f"its exit status is {status}",
+                hint="Its messages are on stderr.",
+            ) from exc
         except BaseException:
             process.kill()
             process.wait()
@@ -293,6 +301,15 @@ def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
         process.wait()
         raise StartError(problem["message"], detail=problem["detail"], hint=problem["hint"])
     return process
+
+
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a supervisor that stops by itself, or is made to."""
+    try:
+        return process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _log_level() -> int:

@@ -30,8 +30,9 @@ def command(*arguments: str) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """Ours, with the tests importable: workers come from support.workers."""
-    path = os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, **changes}
+    path = [TESTS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    path = [os.path.abspath(directory) for directory in path if directory]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **changes}
 
 
 def pgbgw(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -76,12 +77,16 @@ def run(tmp_path: Path) -> Callable[..., Any]:
 
     @contextmanager
     def running(
-        *arguments: str, address: str = "default", directory: Path | None = None, **changes: str
+        *arguments: str,
+        address: str = "default",
+        program: list[str] | None = None,
+        directory: Path | None = None,
+        **changes: str,
     ) -> Iterator[Foreground]:
         log = tmp_path / "log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                command("run", *arguments),
+                [*(program or command()), "run", *arguments],
                 cwd=directory,
                 env=environment(**changes),
                 stdin=subprocess.DEVNULL,
@@ -123,17 +128,16 @@ def accepts(address: str = "default") -> bool:
 
 
 def workers() -> dict[str, WorkerInfo]:
-    """The workers by name, in the order of their registration; seen without the command line,
-    which takes its time."""
+    """The workers by name; seen without the command line, which takes its time."""
     with attach() as client:
-        found = client.workers()
-    return {info.name: info for info in sorted(found, key=lambda info: info.registered_at)}
+        return {info.name: info for info in client.workers()}
 
 
 def ready(*names: str) -> bool:
     """Are these the workers, and all of them ready?"""
-    found = workers()
-    return list(found) == list(names) and all(info.ready for info in found.values())
+    with attach() as client:
+        found = client.workers()
+    return sorted(info.name for info in found) == sorted(names) and all(i.ready for i in found)
 
 
 def place(info: WorkerInfo) -> str:
@@ -153,7 +157,10 @@ def waiting(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
         def waits() -> bool:
             # Once it has the supervisor's pidfd it is attached, and only then falls asleep again.
-            links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+            try:
+                links = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+            except FileNotFoundError:  # closed while we looked
+                return False
             stat = Path(f"/proc/{process.pid}/stat").read_text()
             return "anon_inode:[pidfd]" in links and stat.rpartition(")")[2].split()[0] == "S"
 
@@ -218,27 +225,17 @@ def test_run_finds_modules_in_the_working_directory_unless_the_path_is_to_be_saf
     run: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "local_jobs.py").write_text("def job():\n    pass\n")
-    # What python -m puts first is the directory as well, so start it as the script `pgbgw` does.
-    script = tmp_path / "bin" / "pgbgw.py"
+    # python -m has put the directory first already; the script `pgbgw` is found somewhere else.
+    script = tmp_path / "bin" / "pgbgw"
     script.parent.mkdir()
     script.write_text("import sys\nfrom pgbgw.cli import main\nsys.exit(main())\n")
-
-    def outcome(**changes: str) -> int:
-        started = subprocess.Popen(
-            [sys.executable, str(script), "run"],
-            cwd=tmp_path,
-            env=environment(**changes),
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            poll_until(accepts)
-            return status_of("register", "local_jobs:job", "--wait")
-        finally:
-            assert status_of("stop") == 0
-            started.wait(HANG)
-
-    assert outcome() == 0
-    assert outcome(PYTHONSAFEPATH="1") == 1
+    start = {"program": [sys.executable, str(script)], "directory": tmp_path}
+    with run(**start):
+        assert status_of("register", "local_jobs:job", "--wait") == 0
+    with run(PYTHONSAFEPATH="1", **start):
+        assert status_of("register", "local_jobs:job", "--wait") == 1
+    with run("--preload", "local_jobs", **start):
+        assert status_of("register", "local_jobs:job", "--wait") == 0
 
 
 def test_run_tells_systemd_and_nobody_else_does(run: Any, tmp_path: Path) -> None:
@@ -478,7 +475,7 @@ def test_wait_refuses_a_name_that_several_workers_have(run: Any) -> None:
     with run():
         sleeper = ("register", "support.workers:sleep_until_stopped", "--name", "twin")
         places = sorted([said(*sleeper), said(*sleeper)])
-        poll_until(lambda: ready("twin"))
+        poll_until(lambda: ready("twin", "twin"))
         ambiguous = pgbgw("wait", "twin")
         assert ambiguous.returncode == 2
         assert f"HINT:  name one of them: {', '.join(places)}" in ambiguous.stderr
@@ -572,12 +569,9 @@ def test_ps_shows_every_worker_with_its_figures(run: Any) -> None:
         assert row.split()[6].endswith("%")
         assert row.split()[7].endswith("M")
         assert "café?[31m" in row  # what is no letter does not get to the terminal
-        rest = (
-            f"{again['slot']}/{again['generation']} - u again stopped 0 - - - - exited with code 3"
-        )
-        assert [" ".join(row.split()) for row in said("ps", "--type", "u").split("\n")[1:]] == [
-            rest
-        ]
+        _, row = said("ps", "--type", "u").split("\n")
+        slot = f"{again['slot']}/{again['generation']}"
+        assert row.split() == f"{slot} - u again stopped 0 - - - - exited with code 3".split()
 
 
 def test_ps_takes_no_notice_of_a_worker_that_vanishes_meanwhile() -> None:

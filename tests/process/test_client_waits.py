@@ -15,6 +15,7 @@ from pgbgw import (
     BackgroundWorker,
     Client,
     HandleStatus,
+    StartTime,
     Supervisor,
     WaitTimeoutError,
     WorkerHandle,
@@ -164,6 +165,28 @@ def test_more_threads_wait_than_there_are_connections_for() -> None:
         for result in results:
             assert result.result(30) is STARTED
         assert len(os.listdir("/proc/self/fd")) <= before + POOL - 1
+
+
+def test_timed_waits_for_many_end_though_the_supervisor_reads_nothing() -> None:
+    with (
+        supervisor(startup=NEVER_RUNNING, max_worker_processes=400) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = client.register(workers.sleep_until_stopped, start_time=StartTime.SUPERVISOR_START)
+        results = [pool.submit(first.wait_for_shutdown, 30) for _ in range(2)]
+        poll_until(lambda: client._waiting == 2 and client._lent)  # both have a connection now
+        first.terminate()
+        for result in results:
+            result.result(30)
+        with paused(client):
+            # More to subscribe to, and to unsubscribe from, than a connection holds.
+            handles = {client.register(NOOP) for _ in range(399)}
+            results = [pool.submit(client.wait, handles, 0.1, "ALL_GONE") for _ in range(2)]
+            for result in results:
+                assert result.result(30) == (set(), handles)
+        for handle in handles:
+            handle.terminate()
+        assert client.wait(handles, 60, "ALL_GONE") == (handles, set())
 
 
 @pytest.mark.leaves_sockets
