@@ -36,6 +36,7 @@ MAX_CONNECTIONS = 16_384  # in all
 MAX_CONNECTIONS_PER_PROCESS = 256
 MAX_SUBSCRIPTIONS = 1 << 20
 ACCEPTS_PER_PASS = 64
+FULL = "too many processes are attached"
 _NONBLOCKING = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UCRED = struct.Struct("3i")
 
@@ -228,7 +229,8 @@ class Connections:
         else:
             admitted = self._admit(connection)
         if isinstance(admitted, str):
-            self._send(connection, pack(Message.REFUSED, body=admitted.encode()))
+            if admitted != FULL:  # there may be room soon: who is hung up on tries again
+                self._send(connection, pack(Message.REFUSED, body=admitted.encode()))
             self._drop(connection)
             return
         message = self._welcome(admitted)
@@ -257,7 +259,7 @@ class Connections:
                 return "the supervisor is shutting down"
             cid = self._view.new_client()
             if cid == 0:
-                return "too many processes are attached"
+                return FULL
             known = ClientProcess(connection.pid, connection.pidfd, cid, is_worker)
             connection.pidfd = -1
             self._processes[known.pid] = known

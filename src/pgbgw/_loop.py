@@ -227,6 +227,9 @@ class Loop:
         """Are we to stop, and is everything that was published in a final state?"""
         if self.phase != Phase.STOPPING or self._table.running() or self.domain.startup_child:
             return False
-        while events := self._view.drain(time.time_ns()):
-            self._act(events)
-        return self._view.pending == 0
+        # Once round the table at most: who goes on registering, or damaging, does not hold us up.
+        for _ in range(self._view.nslots // _slots.LOOKS + 1):
+            self._act(self._view.drain(time.time_ns()))
+            if self._view.pending == 0:
+                break
+        return True

@@ -14,6 +14,7 @@ from itertools import count
 
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
 Callback = Callable[[], None]
+_DAY_NS = 86_400_000_000_000
 
 
 class Poller:
@@ -38,8 +39,11 @@ class Poller:
 
     def wait(self, timeout_ns: int | None) -> None:
         """Wait for at most timeout_ns (None: for ever), then call back for all that is ready."""
-        # Rounded up: a timer must not be met by a pass just before its time.
-        timeout = None if timeout_ns is None else max(0, -(-timeout_ns // 1_000_000)) / 1000
+        timeout = None
+        if timeout_ns is not None:
+            # Rounded up: a timer must not be met by a pass just before its time.  At most a day:
+            # epoll takes no more than 24, and to wake up too early is harmless.
+            timeout = max(0, -(-min(timeout_ns, _DAY_NS) // 1_000_000)) / 1000
         for fd, events in self._epoll.poll(timeout):
             # What an earlier callback of this batch removed is no longer here.
             readable, writable = self._callbacks.get(fd, (None, None))

@@ -16,6 +16,8 @@ EVENT_CANCELLED: int
 EVENT_RECLAIMED: int
 EVENT_REPAIRED: int
 
+LOOKS: int
+
 _Handle = TypeVar("_Handle", bound=SlotHandle)
 _Event = tuple[int, int, int, int, str | None]
 _Detail = tuple[int, int, int, int, bool, int, int, int, int, int, int, str, str, str, str]

@@ -145,6 +145,9 @@ EVENT_CANCELLED = <int>CANCELLED
 EVENT_RECLAIMED = <int>RECLAIMED
 EVENT_REPAIRED = <int>REPAIRED
 
+# How many slots one SupervisorView.drain() looks at, at most.
+LOOKS = <int>DRAIN_MAX
+
 
 def segment_sizes(uint32_t nslots, uint32_t ntokens):
     """Bytes of the (outbox, inbox) of such a table.  BackgroundWorkerShmemSize."""
@@ -431,7 +434,8 @@ cdef class SlotHandle:
         if not self._ours(c):
             return False
         st = client_status(c, self.slot)
-        return word_generation(st) == self.generation and bool(st_ready(st))
+        return (word_generation(st) == self.generation and bool(st_ready(st))
+                and not client_supervisor_gone(c))
 
     @property
     def _freed(self):

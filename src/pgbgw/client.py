@@ -401,7 +401,7 @@ class Client:
     def _wait(
         self,
         handles: set[WorkerHandle],
-        satisfied: Callable[[Client, WorkerHandle], bool],
+        satisfied: Callable[[Client, WorkerHandle], object],
         deadline: float | None,
         any_is_enough: bool = False,
     ) -> set[WorkerHandle]:
@@ -776,17 +776,24 @@ class WorkerHandle(_slots.SlotHandle):
 
     def _wait(
         self,
-        satisfied: Callable[[Client, WorkerHandle], bool],
+        condition: Callable[[Client, WorkerHandle], HandleStatus | None],
         timeout: float | None,
         what: str,
     ) -> HandleStatus:
         client = self._find_client()
-        if client._wait({self}, satisfied, deadline_after(timeout)):
+        seen: HandleStatus | None = None
+
+        def satisfied(client: Client, handle: WorkerHandle) -> bool:
+            nonlocal seen  # what ended the wait; the worker may run again by now
+            seen = condition(client, handle)
+            return seen is not None
+
+        if client._wait({self}, satisfied, deadline_after(timeout)) or seen is None:
             raise WaitTimeoutError(
                 f"the worker in slot {self.slot}/{self.generation} did not {what} in time",
                 detail=f"waited {timeout} seconds; the worker is not affected",
             )
-        return self.status()
+        return seen
 
     def terminate(self, *, grace: float | None = None) -> None:
         """Ask that it stops and is never started again (TerminateBackgroundWorker).
@@ -830,38 +837,41 @@ def _outcome(detail: tuple[object, ...]) -> Outcome | None:
 
 
 # --- conditions -------------------------------------------------------------------------------
-# A registration that is gone counts only once its slot can be registered anew.
+# Each gives the status that ends a wait, or None.  A registration that is gone counts only once its
+# slot can be registered anew.
 
 
-def _is_gone(client: Client, handle: WorkerHandle) -> bool:
+def _is_gone(client: Client, handle: WorkerHandle) -> HandleStatus | None:
     if handle._state != 0:
-        return handle.status() is HandleStatus.SUPERVISOR_DIED
-    if (handle.slot, handle.generation) in client._finals:
-        return True
-    if not handle._freed:
-        return False
-    if handle.epoch == client.epoch:
-        # Keep what its detail says: others may use the slot before we look again.
-        detail = client._view.detail(handle.slot, handle.generation)
-        outcome = None if detail is None else _outcome(detail)
-        if outcome is not None:
-            client._keep(handle.slot, handle.generation, outcome)
-    return True
+        died = handle.status() is HandleStatus.SUPERVISOR_DIED
+        return HandleStatus.SUPERVISOR_DIED if died else None
+    if (handle.slot, handle.generation) not in client._finals:
+        if not handle._freed:
+            return None
+        if handle.epoch == client.epoch:
+            # Keep what its detail says: others may use the slot before we look again.
+            detail = client._view.detail(handle.slot, handle.generation)
+            outcome = None if detail is None else _outcome(detail)
+            if outcome is not None:
+                client._keep(handle.slot, handle.generation, outcome)
+    return HandleStatus.STOPPED
 
 
-def _is_stopped(client: Client, handle: WorkerHandle) -> bool:
+def _is_stopped(client: Client, handle: WorkerHandle) -> HandleStatus | None:
     status = handle.status()
     if status is HandleStatus.STOPPED and handle._state == 0:
         return _is_gone(client, handle)
-    return status in (HandleStatus.STOPPED, HandleStatus.SUPERVISOR_DIED)
+    return status if status in (HandleStatus.STOPPED, HandleStatus.SUPERVISOR_DIED) else None
 
 
-def _is_started(client: Client, handle: WorkerHandle) -> bool:
-    return handle.status() is HandleStatus.STARTED or _is_stopped(client, handle)
+def _is_started(client: Client, handle: WorkerHandle) -> HandleStatus | None:
+    if handle.status() is HandleStatus.STARTED:
+        return HandleStatus.STARTED
+    return _is_stopped(client, handle)
 
 
-def _is_ready(client: Client, handle: WorkerHandle) -> bool:
-    return handle.ready or _is_stopped(client, handle)
+def _is_ready(client: Client, handle: WorkerHandle) -> HandleStatus | None:
+    return HandleStatus.STARTED if handle.ready else _is_stopped(client, handle)
 
 
 _CONDITIONS = {"STARTED": _is_started, "STOPPED": _is_stopped, "GONE": _is_gone}

@@ -97,9 +97,8 @@ def run(tmp_path: Path) -> Callable[..., Any]:
             poll_until(lambda: accepts(address) or process.poll() is not None)
             assert process.poll() is None, log.read_text()
             yield Foreground(process, log)
-            if process.poll() is None:
-                assert status_of("stop", "-a", address) == 0
-            process.wait(HANG)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(HANG) in (0, -signal.SIGKILL)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGQUIT)
@@ -138,6 +137,12 @@ def ready(*names: str) -> bool:
     with attach() as client:
         found = client.workers()
     return sorted(info.name for info in found) == sorted(names) and all(i.ready for i in found)
+
+
+def start(entry: str = "sleep_until_stopped", **fields: Any) -> None:
+    """Register a worker, which does not go over the command line either."""
+    with attach() as client:
+        client.register(f"support.workers:{entry}", **fields)
 
 
 def place(info: WorkerInfo) -> str:
@@ -186,7 +191,7 @@ def test_run_serves_in_the_foreground_until_stop_and_exits_with_0(run: Any) -> N
 
 def test_run_stops_fast_when_the_terminal_sends_ctrl_c(run: Any) -> None:
     with run() as foreground:
-        said("register", "support.workers:sleep_until_stopped")
+        start()
         os.killpg(foreground.process.pid, signal.SIGINT)
         assert foreground.ended() == 0
         assert "received fast shutdown request" in foreground.log()
@@ -348,6 +353,7 @@ def test_check_accepts_what_run_would_run(toml: Any) -> None:
     assert said("check", file) == f"{file}: ok, 2 static workers"
     found = json.loads(said("check", "--json", file))
     assert found == {"file": file, "workers": 2, "problems": []}
+    assert status_of("check", "/nonexistent.toml") == 2
 
 
 @pytest.mark.parametrize(
@@ -363,14 +369,16 @@ def test_check_accepts_what_run_would_run(toml: Any) -> None:
         ),
     ],
 )
-def test_check_exits_with_2_and_says_what_is_wrong(toml: Any, text: str, problem: str) -> None:
+def test_check_exits_with_2_and_says_what_is_wrong(
+    toml: Any, capsys: pytest.CaptureFixture[str], text: str, problem: str
+) -> None:
     file = toml(text)
-    done = pgbgw("check", file)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert problem in done.stderr
-    as_json = pgbgw("check", "--json", file)
-    assert as_json.returncode == 2
-    assert problem in "".join(json.loads(as_json.stdout)["problems"])
+    assert cli.main(["check", file]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("pgbgw: ")) == ("", 1)
+    assert problem in err
+    assert cli.main(["check", "--json", file]) == 2
+    assert problem in "".join(json.loads(capsys.readouterr().out)["problems"])
 
 
 # --- register and wait ------------------------------------------------------------------------
@@ -455,7 +463,7 @@ def test_register_of_what_can_never_run_exits_with_2_and_of_what_is_not_allowed_
 
 def test_wait_ends_with_the_worker_and_exits_as_it_did(run: Any) -> None:
     with run():
-        said("register", "support.workers:sleep_until_stopped", "--name", "one")
+        start(name="one")
         late = pgbgw("wait", "one", "-t", "0")
         assert late.returncode == 6
         assert "did not end in time" in late.stderr
@@ -473,9 +481,11 @@ def test_wait_ends_with_the_worker_and_exits_as_it_did(run: Any) -> None:
 
 def test_wait_refuses_a_name_that_several_workers_have(run: Any) -> None:
     with run():
-        sleeper = ("register", "support.workers:sleep_until_stopped", "--name", "twin")
-        places = sorted([said(*sleeper), said(*sleeper)])
+        start(name="twin")
+        start(name="twin")
         poll_until(lambda: ready("twin", "twin"))
+        with attach() as client:
+            places = [place(info) for info in client.workers()]
         ambiguous = pgbgw("wait", "twin")
         assert ambiguous.returncode == 2
         assert f"HINT:  name one of them: {', '.join(places)}" in ambiguous.stderr
@@ -487,9 +497,8 @@ def test_wait_refuses_a_name_that_several_workers_have(run: Any) -> None:
 def test_terminate_takes_a_name_a_pid_a_place_or_a_type(run: Any) -> None:
     with run():
         names = {"a": "t", "b": "t", "c": "u", "d": "u", "0": "v", "e": "v"}
-        with attach() as client:
-            for name, type in names.items():
-                client.register("support.workers:sleep_until_stopped", name=name, type=type)
+        for name, type in names.items():
+            start(name=name, type=type)
         poll_until(lambda: ready(*names))
         c, d, e = (workers()[name] for name in "cde")
         assert said("terminate", "c") == f"{place(c)} c"
@@ -503,7 +512,7 @@ def test_terminate_takes_a_name_a_pid_a_place_or_a_type(run: Any) -> None:
 
 def test_terminate_exits_with_5_if_nothing_matches_and_does_what_it_can(run: Any) -> None:
     with run():
-        said("register", "support.workers:sleep_until_stopped", "--name", "one")
+        start(name="one")
         poll_until(lambda: ready("one"))
         one = workers()["one"]
         targets = ("nobody", "type:none", "7/0")
@@ -518,7 +527,7 @@ def test_terminate_exits_with_5_if_nothing_matches_and_does_what_it_can(run: Any
 
 def test_terminate_with_grace_kills_what_takes_no_notice(run: Any) -> None:
     with run():
-        said("register", "support.workers:ignore_sigterm", "--name", "deaf")
+        start("ignore_sigterm", name="deaf")
         poll_until(lambda: ready("deaf"))
         with waiting("wait", "deaf") as waiter:
             assert said("terminate", "deaf", "--grace", "0.01").endswith(" deaf")
@@ -528,7 +537,7 @@ def test_terminate_with_grace_kills_what_takes_no_notice(run: Any) -> None:
 
 def test_cancel_interrupts_only_workers_with_a_database_connection(run: Any) -> None:
     with run():
-        said("register", "support.workers:sleep_until_stopped", "--name", "one")
+        start(name="one")
         poll_until(lambda: ready("one"))
         before = workers()["one"]
         assert said("cancel", "one") == f"{place(before)} one"
@@ -586,7 +595,7 @@ def test_ps_takes_no_notice_of_a_worker_that_vanishes_meanwhile() -> None:
         assert _show.worker_json(dataclasses.replace(info, pid=None), None)["uptime"] is None
 
 
-def test_a_reader_that_goes_away_is_no_error(run: Any, toml: Any) -> None:
+def test_a_reader_that_goes_away_is_no_error(run: Any) -> None:
     with run():
         for arguments in (["ps"], ["ps", "--json"]):
             reader, writer = os.pipe()
@@ -608,7 +617,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Any, toml: Any) -> None:
 
 def test_stop_times_out_with_6_and_a_stronger_mode_overrides(run: Any) -> None:
     with run() as foreground:
-        said("register", "support.workers:ignore_sigterm", "--name", "deaf")
+        start("ignore_sigterm", name="deaf")
         poll_until(lambda: ready("deaf"))
         late = pgbgw("stop", "-t", "0.1")
         assert late.returncode == 6
@@ -696,7 +705,7 @@ def test_wrong_usage_is_2_for_a_real_process_too() -> None:
 @pytest.mark.leaves_sockets
 def test_a_supervisor_that_dies_while_a_command_waits_for_a_worker_is_3(run: Any) -> None:
     with run() as foreground:
-        said("register", "support.workers:sleep_until_stopped", "--name", "one")
+        start(name="one")
         with waiting("wait", "one") as waiter:
             foreground.process.kill()
             foreground.ended()

@@ -379,7 +379,7 @@ def test_B11_an_entry_that_is_not_there_exits_1_and_is_named(
             assert module in where
             assert function in where
         again = client.register(entry, restart_time=0)
-        poll_until(lambda: (o := again.outcome) and o.restarts >= 1)
+        poll_until(lambda: again.outcome is not None and again.info().restarts >= 1)
         again.terminate()
         again.wait_until_gone(30)
 
@@ -444,11 +444,8 @@ def test_B13_a_worker_has_a_session_of_its_own(tmp_path: Path) -> None:
         client.stop("immediate", timeout=30)
 
 
-@METHODS
-def test_post_auth_delay_holds_a_worker_before_it_does_anything(
-    start_method: str, tmp_path: Path
-) -> None:
-    with supervisor(post_auth_delay=0.25, start_method=start_method) as client:
+def test_post_auth_delay_holds_a_worker_before_it_does_anything(tmp_path: Path) -> None:
+    with supervisor(post_auth_delay=0.25) as client:
         path = str(tmp_path / "log")
         handle = client.register("support.lifecycle_workers:note_times", path, 0)
         assert handle.wait_for_startup(30) is HandleStatus.STARTED

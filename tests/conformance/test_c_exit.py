@@ -181,8 +181,8 @@ def test_C06_each_worker_has_a_schedule_of_its_own_and_the_supervisor_sleeps(
     quick, slow = tmp_path / "quick", tmp_path / "slow"
     with supervisor() as client:
         handles = [
-            client.register(NOTE_TIMES, str(quick), 1, restart_time=0.3),
-            client.register(NOTE_TIMES, str(slow), 1, restart_time=0.9),
+            client.register(NOTE_TIMES, str(quick), 1, restart_time=0.2),
+            client.register(NOTE_TIMES, str(slow), 1, restart_time=0.6),
         ]
         for path in (quick, slow):
             poll_until(lambda: lines(path))  # noqa: B023
@@ -192,12 +192,12 @@ def test_C06_each_worker_has_a_schedule_of_its_own_and_the_supervisor_sleeps(
         for handle in handles:
             handle.terminate()
             handle.wait_until_gone(30)
-        assert all(gap >= 0.3 for gap in Runs(quick).gaps)
-        assert all(gap >= 0.9 for gap in Runs(slow).gaps)
+        assert all(gap >= 0.2 for gap in Runs(quick).gaps)
+        assert all(gap >= 0.6 for gap in Runs(slow).gaps)
         assert len(Runs(quick)) >= len(Runs(slow))
         # A few per launch, exit and timer, one per second for the sweep.  A loop that looked every
-        # 10 ms would have slept ninety times.
-        assert slept < 60
+        # 10 ms would have slept sixty times.
+        assert slept < 40
 
 
 def test_C07_registrations_during_the_gap_do_not_shorten_it(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_C09_a_step_of_the_wall_clock_does_not_move_a_restart(
         stepped = tmp_path / "stepped"
         stepped.write_text(str(step))
         stepped.rename(clock)
-        poll_until(lambda: len(lines(path)) >= 3)
+        poll_until(lambda: len(lines(path)) >= 2)
         assert all(gap >= 0.3 for gap in Runs(path).gaps)
         assert len(Runs(other)) == 1
         for handle in (soon, late):
@@ -297,10 +297,9 @@ def test_C09_only_what_is_shown_is_read_from_the_wall_clock() -> None:
 # -- what an exit means ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_C10_a_normal_exit_of_the_interpreter_is_clean(start_method: str, tmp_path: Path) -> None:
+def test_C10_a_normal_exit_of_the_interpreter_is_clean(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with supervisor(start_method=start_method) as client:
+    with supervisor() as client:
         others = sleepers(client)
         pids = {name: h.pid for name, h in others.items()}
         handle = client.register(

@@ -508,6 +508,7 @@ def test_E15_a_dead_supervisor_is_reported_by_every_call() -> None:
         for lost in (handle, gap):
             assert lost.status() is DIED
             assert lost.pid is None
+            assert not lost.ready
             assert lost.wait_for_startup() is DIED
             assert lost.wait_for_shutdown() is DIED
             assert lost.wait_for_ready() is DIED
@@ -571,6 +572,26 @@ def test_E16_waiting_for_a_worker_that_fails_all_the_time_never_hangs(tmp_path: 
         assert (outcome.kind, outcome.exitcode, outcome.final) == ("exited", 0, True)
         assert outcome.restarts >= 3
         assert handle.wait_for_shutdown() is STOPPED
+
+
+def test_E16_a_wait_tells_what_ended_it_though_the_worker_runs_again_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = Client._wait
+
+    def slow(client: Client, *args: Any) -> set[WorkerHandle]:
+        """As if the waiting thread were not scheduled for long."""
+        pending = wait(client, *args)
+        poll_until(lambda: handle.status() is STARTED)
+        return pending
+
+    trace = tmp_path / "trace"
+    with supervisor() as client:
+        handle = client.register(observed_workers.ready_in_second_run, str(trace), restart_time=0.2)
+        handle.wait_for_startup(30)
+        (tmp_path / "trace.go").touch()
+        monkeypatch.setattr(Client, "_wait", slow)
+        assert handle.wait_for_shutdown(30) is STOPPED
 
 
 def test_E17_a_wait_with_a_timeout_returns_in_time_and_leaves_the_worker_alone(

@@ -309,23 +309,23 @@ def test_H05_a_registration_after_the_stop_began_is_cancelled_and_its_waiter_rel
 # -- one request after the other -------------------------------------------------------------------
 
 
-def request(client: Client, how: str, mode: str) -> None:
-    if how == "by signal":
-        os.kill(client.supervisor_pid, MODES[mode])
-    else:
-        ask_to_stop(client, mode)
-
-
-@pytest.mark.parametrize("how", ["by request", "by signal"])
 @pytest.mark.parametrize("order", list(itertools.permutations(MODES)), ids=" ".join)
-def test_H06_of_several_requests_at_once_the_strongest_is_obeyed(
-    order: tuple[str, ...], how: str
-) -> None:
+def test_H06_of_several_requests_at_once_the_strongest_is_obeyed(order: tuple[str, ...]) -> None:
     with supervisor() as client:
         worker = ready(client, IGNORE)
         with paused(client):
             for each in order:
-                request(client, how, each)
+                ask_to_stop(client, each)
+        gone(client)
+        assert ending(worker) == QUIT
+
+
+def test_H06_of_several_signals_at_once_the_strongest_is_obeyed() -> None:
+    with supervisor() as client:
+        worker = ready(client, IGNORE)
+        with paused(client):
+            for number in MODES.values():  # pending signals are in no order
+                os.kill(client.supervisor_pid, number)
         gone(client)
         assert ending(worker) == QUIT
 

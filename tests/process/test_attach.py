@@ -250,11 +250,37 @@ def test_a_supervisor_with_a_full_queue_of_connections_is_asked_again_and_again(
         assert works(client)
 
 
-def test_a_full_supervisor_is_asked_again_until_somebody_leaves(modules: Path) -> None:
-    # In the supervisor alone, and before it accepts its first connection.
-    (modules / "narrow.py").write_text(
-        "from pgbgw import _connections\n_connections.MAX_CONNECTIONS = 2\n"
-    )
+# Modules to preload: they take effect in the supervisor alone, before it accepts anybody.
+NO_CONNECTIONS_LEFT = """
+from pgbgw import _connections
+_connections.MAX_CONNECTIONS = 2
+"""
+NO_CLIENT_IDS_LEFT = """
+from pgbgw import _serve
+
+class View:
+    left = 2
+    def __init__(self, view):
+        self.view = view
+    def __getattr__(self, name):
+        return getattr(self.view, name)
+    def new_client(self):
+        if not self.left:
+            return 0
+        self.left -= 1
+        return self.view.new_client()
+    def client_gone(self, cid):
+        self.left += 1
+        self.view.client_gone(cid)
+
+connections = _serve.Connections
+_serve.Connections = lambda poller, view, *rest: connections(poller, View(view), *rest)
+"""
+
+
+@pytest.mark.parametrize("narrow", [NO_CONNECTIONS_LEFT, NO_CLIENT_IDS_LEFT])
+def test_a_full_supervisor_is_asked_again_until_somebody_leaves(narrow: str, modules: Path) -> None:
+    (modules / "narrow.py").write_text(narrow)
     code = """
         from pgbgw import AttachError, attach
         try:

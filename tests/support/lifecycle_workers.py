@@ -62,7 +62,8 @@ def record_sigterm_with_a_child(path: str) -> None:
         while not asked:
             time.sleep(0.01)
         os._exit(0)
-    poll_until(Path(f"{path}.child").exists)
+    note = Path(f"{path}.child")
+    poll_until(lambda: note.exists() and note.read_text())
     worker.ready()
     while worker.sleep(3600):
         pass

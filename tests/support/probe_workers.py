@@ -366,9 +366,8 @@ def fork_and_wait(path: str) -> None:
     poll_until(Path(path).exists)
     worker.title(str(child))
     worker.ready()
-    for _ in range(2):
-        worker.wait()
-        append(path, "woken")
+    worker.wait()
+    append(path, "woken")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 

@@ -119,7 +119,8 @@ def fork_as(pid: int, function: Callable[[], object]) -> Callable[[], Any] | Non
 
     None if we may not choose the number.
     """
-    for _ in range(100):  # other processes are forked meanwhile
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:  # other processes are forked meanwhile
         try:
             LAST_PID.write_text(str(pid - 1))
         except OSError:

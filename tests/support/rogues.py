@@ -1,4 +1,4 @@
-"""A client that keeps to nothing: a writable hand on the inbox of a live supervisor, and the wire."""
+"""A client that keeps to nothing: its own hand on a live supervisor's inbox, and on the wire."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 
 from pgbgw import Client, _attachment, _runtime, _slots
-from support.slot_tables import CLAIMED, FREE, READY, Word, parts, word
+from support.slot_tables import AT_SLEEP, CLAIMED, FREE, READY, Word, parts, word
 
 GUARD = 30.0  # seconds
 
@@ -27,6 +27,7 @@ class Rogue:
         self.outbox, self._inbox = attachment.outbox, attachment.inbox
         self._pidfd = attachment.supervisor
         self.inbox = mmap.mmap(self._inbox, 0)
+        self._outbox_map = mmap.mmap(self.outbox, 0, prot=mmap.PROT_READ)
 
     @classmethod
     def of(cls, client: Client) -> Rogue:
@@ -54,6 +55,11 @@ class Rogue:
         """Of all slots, then of all tokens."""
         slots = [self.req(x).state for x in range(self.nslots)]
         return slots + [self.token(i).state for i in range(self.ntokens)]
+
+    @property
+    def sleep_word(self) -> int:
+        """The supervisor's, odd while it sleeps."""
+        return int.from_bytes(self._outbox_map[AT_SLEEP : AT_SLEEP + 8], "little")
 
     def claim(self, cid: int) -> tuple[int, int]:
         """Leave a free slot and a free token as a client does that is stopped in the middle of a
@@ -96,6 +102,7 @@ class Rogue:
 
     def close(self) -> None:
         self.inbox.close()
+        self._outbox_map.close()
         self.sock.close()
         for fd in (self.outbox, self._inbox, self._pidfd):
             os.close(fd)

@@ -23,7 +23,7 @@ import pytest
 
 from pgbgw import _kernel, _slots
 from pgbgw import worker as worker_module
-from pgbgw._slots import AGAIN, LIMIT, NO_SLOT, ClientView, SupervisorView
+from pgbgw._slots import AGAIN, LIMIT, LOOKS, NO_SLOT, ClientView, SupervisorView
 from pgbgw.errors import AttachError, WrongProcessError
 from pgbgw.worker import OUTCOME_KINDS, BackgroundWorker, Flags, HandleStatus
 from support.slot_tables import (
@@ -67,8 +67,8 @@ def source(name: str) -> str:
     return Path(_slots.__file__).with_name(name).read_text()
 
 
-def constant(name: str, header: str = "_slots.h") -> int:
-    match = re.search(rf"#define {name}\s+(0x[0-9a-f]+|\d+)", source(header))
+def constant(name: str) -> int:
+    match = re.search(rf"#define {name}\s+(0x[0-9a-f]+|\d+)", source("_slots.h"))
     assert match is not None, name
     return int(match[1], 0)
 
@@ -406,9 +406,6 @@ def test_a_small_table_is_populated_from_the_start() -> None:
 
 
 # --- noticing -----------------------------------------------------------------------------------
-
-
-LOOKS = constant("DRAIN_MAX", "_slots_supervisor.h")  # in one pass
 
 
 def test_one_pass_is_bounded_and_nothing_is_forgotten() -> None:

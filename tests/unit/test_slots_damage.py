@@ -132,6 +132,17 @@ def test_client_ids_are_given_out_in_turn(small: Table) -> None:
     assert small.view.new_client() == first + 1  # the old one rests as long as it can
 
 
+def test_a_sweep_that_is_asked_for_goes_once_round_from_there() -> None:
+    with table(40_000) as t:  # three slices
+        t.view.sweep(NOW)
+        assert not t.view.sweep_due
+        t.view.request_sweep()
+        for _ in range(3):
+            assert t.view.sweep_due
+            t.view.sweep(NOW)
+        assert not t.view.sweep_due
+
+
 @pytest.mark.parametrize("cid", [0, 5, 4095, 4096, 2**32 - 1])
 def test_who_was_never_there_cannot_go(small: Table, cid: int) -> None:
     small.view.client_gone(cid)
