@@ -40,18 +40,8 @@ from subprocess import PIPE, Popen
 
 import psutil
 
-from pgbgw import (
-    BackgroundWorker,
-    Client,
-    Flags,
-    HandleStatus,
-    NoFreeSlotError,
-    ParallelLimitError,
-    Supervisor,
-    WorkerHandle,
-    attach,
-    current_worker,
-)
+import pgbgw
+from pgbgw import BackgroundWorker, Client, Flags, WorkerHandle, current_worker
 
 CLIENTS = 4
 SLOTS = 16
@@ -111,25 +101,18 @@ def coordinate(spool: str, database: str) -> None:
         finished = Path(spool, "finished").exists()  # looked for first: it is made last
         results = list(Path(spool).glob("*.json"))
         with connection:  # one transaction
-            for result in results:
-                store(connection, json.loads(result.read_text()))
-        for result in results:
-            result.unlink()
+            for result in map(json.loads, map(Path.read_text, results)):
+                ran = (result["number"], result["started"], result["ended"])
+                files = [(os.fsencode(path), *rest) for path, *rest in result["files"]]
+                connection.execute("INSERT OR REPLACE INTO directory VALUES (?, ?, ?)", ran)
+                connection.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?)", files)
+        for path in results:
+            path.unlink()
         [stored] = connection.execute("SELECT count(*) FROM directory").fetchone()
         me.title(f"{stored} directories stored")
         if finished:
             return  # exit code 0: not to be restarted
         me.wait()  # until a client has news for us
-
-
-def store(connection: sqlite3.Connection, result: dict) -> None:
-    connection.execute(
-        "INSERT OR REPLACE INTO directory VALUES (:number, :started, :ended)", result
-    )
-    connection.executemany(
-        "INSERT OR REPLACE INTO file VALUES (?, ?, ?)",
-        [(os.fsencode(path), size, digest) for path, size, digest in result["files"]],
-    )
 
 
 # --- clients ----------------------------------------------------------------------------------
@@ -141,7 +124,7 @@ def be_client(share: int, directories: list[str], spool: str) -> None:
     todo = deque(range(share, len(directories), CLIENTS))
     running: dict[WorkerHandle, int] = {}
     attempts: Counter[int] = Counter()
-    with attach() as client:  # $PGBGW_ADDRESS says where
+    with pgbgw.attach() as client:  # $PGBGW_ADDRESS says where
         coordinator = client.find(name="coordinator")
         assert coordinator is not None
         while todo or running:
@@ -186,7 +169,7 @@ def run(roots: list[str], scratch: Path) -> int:
     job.write_text(json.dumps({"directories": directories, "spool": str(spool)}))
     os.environ["PGBGW_ADDRESS"] = address = str(scratch / "supervisor")
 
-    supervisor = Supervisor(
+    supervisor = pgbgw.Supervisor(
         address=address,
         max_worker_processes=SLOTS,
         max_parallel_workers=PARALLEL,
@@ -289,7 +272,7 @@ def kill_both(client: Client, coordinator: WorkerHandle) -> bool:
     Without the latter's directory no client is done, so both happen in the middle of the job.
     """
     stuck = client.find(name="hash 0")
-    if stuck is None or stuck.wait_for_ready(HANG) is not HandleStatus.STARTED:
+    if stuck is None or stuck.wait_for_ready(HANG) is not pgbgw.HandleStatus.STARTED:
         return False
     for victim in (coordinator, stuck):
         assert victim.pid is not None
@@ -303,7 +286,7 @@ def every_slot_is_free(client: Client) -> bool:
     other = BackgroundWorker(entry="checksums:hold_a_slot")
     try:
         handles = client.register_many([parallel] * PARALLEL + [other] * (SLOTS - PARALLEL))
-    except (NoFreeSlotError, ParallelLimitError):
+    except (pgbgw.NoFreeSlotError, pgbgw.ParallelLimitError):
         return False
     for handle in handles:
         handle.wait_for_ready(HANG)

@@ -8,6 +8,7 @@ functions run, streams flushed, the supervisor told that the end was clean, and 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import gc
 import importlib
@@ -87,6 +88,7 @@ class Worker:
         self._pid = os.getpid()
         self._main_thread = threading.get_ident()
         self._stopping = False
+        self._stop_ignored = False  # WorkerTerminated was raised, and lost
         self._finishing = False
         self._awake = False  # a WAKE came that no wait() has answered
         self._on_terminate: Callable[[], object] | None = None
@@ -322,8 +324,18 @@ class Worker:
             return
         if self._on_terminate is not None:
             self._on_terminate()
-        elif first:  # a second one must not break into what the first has begun to clean up
+        elif first or self._stop_ignored:  # a second one must not break into the first's cleanup
+            self._stop_ignored = False
             raise WorkerTerminated("terminated on request")
+
+    def _handle_ignored(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """An exception came up where none can: in __del__, or in a callback of the garbage
+        collector or of the import system.  If it was to stop the worker, do it again elsewhere."""
+        if isinstance(unraisable.exc_value, WorkerTerminated):
+            self._stop_ignored = True
+            _thread.start_new_thread(_stop_again, ())
+        else:
+            sys.__unraisablehook__(unraisable)
 
     def _ends_by_sigterm(self) -> bool:
         """Would SIGTERM raise WorkerTerminated?"""
@@ -338,6 +350,7 @@ class Worker:
         """The table of signals; then what was held back since the fork comes in."""
         _kernel.install_quit_handler()
         signal.signal(signal.SIGTERM, self._handle_terminate)
+        sys.unraisablehook = self._handle_ignored
         for ignored in (
             signal.SIGINT,
             signal.SIGHUP,
@@ -373,6 +386,11 @@ def _await_channel(channel: socket.socket, event: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(channel, event)
     poll.poll(seconds * 1000)
+
+
+def _stop_again() -> None:
+    time.sleep(0.01)  # the main thread is out of what ignores exceptions by then, or comes again
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _drain(end: socket.socket) -> None:
@@ -478,8 +496,12 @@ def _report(worker: Worker, exc: BaseException) -> int:
         return 1
     a = worker._assignment
     who = _log.describe(worker.worker.name, worker.worker.type, worker._pid, a.slot, a.generation)
-    if isinstance(exc, WorkerTerminated):
-        logger.info("%s: %s", who, exc)
+    # Code on the way out may have made another error of it; the import of a class does.
+    cause: BaseException | None = exc
+    while cause is not None and not isinstance(cause, WorkerTerminated):
+        cause = cause.__cause__
+    if cause is not None:
+        logger.info("%s: %s", who, cause)
         return 1
     import traceback
 

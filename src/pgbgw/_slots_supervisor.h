@@ -163,10 +163,10 @@ detail_begin(supervisor_t *s, uint32_t x, const record_t *r, int64_t registered_
 
     d.generation = s->slots[x].generation;
     d.flags = r->flags;
-    d.start_time = r->start_time;
+    d.start_time = r->start_time < START_TIMES ? r->start_time : 0;  /* what is refused may ... */
     d.restart_ns = r->restart_ns;
     d.registered_at = registered_at;
-    if (r->name_len < sizeof r->name)           /* what is refused may have any lengths */
+    if (r->name_len < sizeof r->name)           /* ... have any values and lengths */
         sanitise(d.name, sizeof d.name, r->name, r->name_len, false);
     if (r->type_len < sizeof r->type)
         sanitise(d.type, sizeof d.type, r->type, r->type_len, false);

@@ -27,6 +27,7 @@ class Latch:
     def __init__(self, sock: socket.socket, supervisor: int) -> None:
         """supervisor: its pidfd.  Both stay the caller's to close."""
         self._sock = sock
+        self._fd = sock.fileno()  # the socket may be closed by the time we notice
         self.hung_up = False
         self._poll = select.poll()
         self._poll.register(supervisor, select.POLLIN)
@@ -45,7 +46,7 @@ class Latch:
                 data = b""
             if not data:  # the supervisor hangs up as it ends: its pidfd will follow
                 self.hung_up = True
-                self._poll.unregister(self._sock)
+                self._poll.unregister(self._fd)
             elif (message := unpack(data)) is not None:
                 found.append(message)
         return found

@@ -63,6 +63,7 @@ class Watch:
 
     def add(self, *handles: WorkerHandle) -> None:
         """Watch these, too."""
+        self._client._check_open()
         for handle in handles:
             if handle.address != self._client.address:
                 raise ValueError(f"{handle!r} is a handle of another supervisor")
@@ -74,6 +75,7 @@ class Watch:
 
     def remove(self, *handles: WorkerHandle) -> None:
         """Watch these no longer; those that are not watched are no error."""
+        self._client._check_open()
         for handle in handles:
             key = (handle.slot, handle.generation)
             with self._lock:
@@ -88,6 +90,7 @@ class Watch:
         Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
         watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
         """
+        self._client._check_open()  # in a forked child what comes is the parent's
         heard, said = self._client._hear(self._latch)
         changed = []
         with self._lock:

@@ -71,6 +71,17 @@ def test_F01_the_default_is_to_exit_with_1_at_the_next_safe_point(
         Log(capfd).wait_for('"busy"', "terminated")
 
 
+def test_F01_a_stop_that_comes_where_no_exception_can_get_out_is_not_lost(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with supervisor() as client:
+        handle = client.register(observed_workers.stopped_in_finalizer, str(trace))
+        handle.wait_for_ready(30)
+        handle.terminate()
+        outcome = handle.wait_until_gone(30)
+        assert (outcome.kind, outcome.exitcode, outcome.error) == ("exited", 1, None)
+        assert lines(trace) == ["x", "x"]
+
+
 def test_F01_a_worker_is_terminated_by_whoever_has_its_handle() -> None:
     code = """
         from pgbgw import attach

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,9 @@ def test_every_row_is_complete() -> None:
 
 def exists(file: str, name: str) -> bool:
     """Whether a file of the package defines that name; of a class's members, "Class.member"."""
-    text = (PACKAGE / file).read_text()
     if file.endswith(".py"):
-        return name in _python_names(ast.parse(text))
+        return name in _names_in(file)
+    text = (PACKAGE / file).read_text()
     *owner, member = name.split(".")
     if owner and not re.search(rf"^cdef class {owner[0]}\b", text, re.MULTILINE):
         return False
@@ -100,6 +101,11 @@ def exists(file: str, name: str) -> bool:
     # A function starts a line, a type's name ends a definition, a macro is defined.
     definition = rf"^{word}\(|^\}} {word};|^#define {word}\b|^typedef .*\b{word};"
     return bool(re.search(definition, text, re.MULTILINE))
+
+
+@cache
+def _names_in(file: str) -> set[str]:
+    return _python_names(ast.parse((PACKAGE / file).read_text()))
 
 
 def _python_names(tree: ast.AST, prefix: str = "") -> set[str]:

@@ -283,10 +283,13 @@ def test_a_full_supervisor_is_asked_again_until_somebody_leaves(narrow: str, mod
     (modules / "narrow.py").write_text(narrow)
     code = """
         from pgbgw import AttachError, attach
-        try:
-            attach(address, timeout=0.1)
-        except AttachError as exc:
-            test.send((str(exc), exc.detail))
+        detail = None
+        while detail is None:  # when time is up before it has answered at all
+            try:
+                attach(address, timeout=0.1)
+            except AttachError as exc:
+                detail = exc.detail
+        test.send(detail)
         with attach(address, timeout=30) as client:
             test.send(client.epoch)
     """
@@ -295,9 +298,7 @@ def test_a_full_supervisor_is_asked_again_until_somebody_leaves(narrow: str, mod
             ClientProcess(client.address) as second,
             Script(code, address=client.address) as third,
         ):
-            message, detail = third.hear()
-            assert "could not attach" in message
-            assert detail == "the supervisor hung up"
+            assert third.hear() == "the supervisor hung up"
             second.end()
             assert third.hear() == client.epoch
         assert works(client)
@@ -398,27 +399,26 @@ def test_who_does_not_answer_the_challenge_is_refused_and_gets_nothing() -> None
 
 
 def test_who_connects_and_talks_nonsense_or_nothing_bothers_nobody(log: Log) -> None:
-    with supervisor() as client, raw_connection(client), raw_connection(client) as talkative:
-        for nonsense in (b"x", b"\xff" * 16, b"\xff" * 5000, pack(Message.STOP, 2)):
-            talkative.send(nonsense)
-        # Descriptors are turned away by the kernel (since 6.16), or closed unseen.
-        pipe = os.pipe()
-        try:
-            socket.send_fds(talkative, [pack(Message.KICK)], pipe)
-        except PermissionError:
-            pass
-        finally:
+    with supervisor() as client:
+        supervisors = psutil.Process(client.supervisor_pid)
+        before = supervisors.num_fds()
+        with raw_connection(client), raw_connection(client) as talkative:
+            for nonsense in (b"x", b"\xff" * 16, b"\xff" * 5000, pack(Message.STOP, 2)):
+                talkative.send(nonsense)
+            # Descriptors are turned away by the kernel (since 6.16), or closed unseen.
+            pipe = os.pipe()
+            with suppress(PermissionError):
+                socket.send_fds(talkative, [pack(Message.KICK)], pipe)
             for fd in pipe:
                 os.close(fd)
-        talkative.send(b"")  # by itself an end-of-file
-        log.wait_for("WARNING:", "was ignored")
-        log.wait_for("WARNING:", "before it has said who it is")
-        before = psutil.Process(client.supervisor_pid).num_fds()
-        assert works(client)
-        with ClientProcess(client.address) as other:
-            assert other.call("find", name="x") is None
-            other.end()
-        poll_until(lambda: psutil.Process(client.supervisor_pid).num_fds() == before)
+            talkative.send(b"")  # by itself an end-of-file
+            log.wait_for("WARNING:", "was ignored")
+            log.wait_for("WARNING:", "before it has said who it is")
+            assert works(client)
+            with ClientProcess(client.address) as other:
+                assert other.call("find", name="x") is None
+                other.end()
+        poll_until(lambda: supervisors.num_fds() == before)
 
 
 # --- supervisors that cannot start ----------------------------------------------------------------

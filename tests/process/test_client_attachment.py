@@ -278,7 +278,7 @@ def test_the_pid_of_a_dead_client_may_be_that_of_the_next() -> None:
 
 
 def test_in_a_forked_child_the_parents_client_refuses_and_the_parent_goes_on() -> None:
-    with supervisor() as client:
+    with supervisor() as client, client.watch() as watch:
         handle = client.register(workers.sleep_until_stopped)
         handle.wait_for_ready(30)
 
@@ -297,6 +297,9 @@ def test_in_a_forked_child_the_parents_client_refuses_and_the_parent_goes_on() -
                 "wait": lambda: client.wait([handle]),
                 "wait for nobody": lambda: client.wait([]),
                 "watch": client.watch,
+                "add": lambda: watch.add(handle),
+                "remove": lambda: watch.remove(handle),
+                "changes": watch.changes,
                 "stop": client.stop,
                 "phase": lambda: client.phase,
                 "epoch": lambda: client.epoch,

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pgbgw import HandleStatus, SupervisorDiedError, Watch, WorkerHandle
+from pgbgw import (
+    AttachError,
+    HandleStatus,
+    Supervisor,
+    SupervisorDiedError,
+    Watch,
+    WorkerHandle,
+)
 from support import observed_workers, poll_until, workers
 from support.control import paused
 from support.processes import kill_supervisor
@@ -217,6 +224,19 @@ def test_closing_is_final_and_may_be_repeated() -> None:
             watch.fileno()
         # The workers are not affected, nor the client.
         assert handle.wait_for_ready(30) is STARTED
+
+
+def test_it_ends_with_its_client() -> None:
+    client = Supervisor().start()
+    process = client._process
+    assert process is not None
+    with client.watch(client.register(workers.sleep_until_stopped)) as watch:
+        client.close()
+        assert readable(watch)  # whoever waits for it is told
+        with pytest.raises(AttachError, match="closed"):
+            watch.changes()
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
 
 
 def test_a_watch_that_could_not_be_made_leaves_nothing_open() -> None:

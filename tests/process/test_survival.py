@@ -218,6 +218,30 @@ def test_a_crash_loop_in_the_domain_leaves_those_outside_alone(tmp_path: Path) -
         assert crashing.wait_until_gone(30).final
 
 
+# --- workers that are stopped at awkward moments ------------------------------------------------
+
+
+def test_a_stop_that_becomes_another_error_on_its_way_is_not_taken_for_a_failure() -> None:
+    with supervisor() as client:
+        worker = client.register("support.robustness_workers:make_another_error_of_the_stop")
+        assert worker.wait_for_ready(30) is HandleStatus.STARTED
+        worker.terminate()
+        outcome = worker.wait_until_gone(30)
+        assert (outcome.kind, outcome.exitcode, outcome.error) == ("exited", 1, None)
+
+
+def test_a_stop_in_the_middle_of_the_imports_is_a_stop() -> None:
+    with supervisor(max_worker_processes=16) as client:
+        for _ in range(4):
+            workers = [client.register(SLEEP) for _ in range(16)]
+            for worker in workers:
+                worker.wait_for_startup(30)
+                worker.terminate()
+            for worker in workers:
+                outcome = worker.wait_until_gone(30)
+                assert (outcome.kind, outcome.exitcode, outcome.error) == ("exited", 1, None)
+
+
 # --- garbage and floods -------------------------------------------------------------------------
 
 

@@ -97,6 +97,23 @@ def exit_on_stop(code: int) -> None:
         worker.sleep(3600)
 
 
+def stopped_in_finalizer(path: str) -> None:
+    """Be asked to stop while in __del__, where no exception gets out; then compute for ever."""
+
+    class Trap:
+        def __del__(self) -> None:
+            append(path)
+            current_worker().ready()
+            while True:
+                time.sleep(0.01)
+
+    trap = Trap()
+    del trap
+    append(path)
+    while True:
+        pass
+
+
 def launch_and_wait(path: str, own_client: bool) -> None:
     """Register another worker, be told of all that becomes of it, and leave that in a file."""
     worker = current_worker()

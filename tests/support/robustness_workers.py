@@ -54,3 +54,13 @@ def segfault(path: str) -> None:
     append(path, str(time.monotonic_ns()))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.string_at(0)
+
+
+def make_another_error_of_the_stop() -> None:
+    """What happens in __set_name__ if it is interrupted, and in code that wraps what it meets."""
+    current_worker().ready()
+    try:
+        while True:
+            current_worker().sleep(3600)
+    except BaseException as exc:
+        raise RuntimeError("something went wrong") from exc

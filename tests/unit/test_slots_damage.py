@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgbgw.worker import OUTCOME_KINDS, HandleStatus
+from pgbgw.worker import OUTCOME_KINDS, HandleStatus, StartTime
 from support.slot_tables import (
     ACCEPTED,
     CLAIMED,
@@ -393,6 +393,7 @@ def test_a_record_that_cannot_run_is_rejected_with_its_reason(
     detail = client.view.detail(handle.slot, 1)
     assert detail is not None
     assert (detail[0], detail[4], detail[14]) == (KIND["rejected"], True, event.reason)
+    assert detail[6] in list(StartTime)  # fit to be shown, whatever the record said
     assert small.view.repairs == 0
     assert all_free(small)
     assert_usable(small)
