@@ -111,6 +111,7 @@ def coordinate(spool: str, database: str) -> None:
         [stored] = connection.execute("SELECT count(*) FROM directory").fetchone()
         me.title(f"{stored} directories stored")
         if finished:
+            connection.close()
             return  # exit code 0: not to be restarted
         me.wait()  # until a client has news for us
 

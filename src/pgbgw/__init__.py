@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # a worker does not need the client, and nobody needs all of it.
 _HOMES = {
     "_child": ("Worker", "current_worker"),
-    "client": ("Client", "WorkerHandle", "attach"),
+    "client": ("Client", "attach"),
     "errors": (
         "AttachError",
         "ConfigurationError",
@@ -31,6 +31,7 @@ _HOMES = {
         "WorkerTerminated",
         "WrongProcessError",
     ),
+    "handle": ("WorkerHandle",),
     "supervisor": ("Supervisor",),
     "watch": ("Watch",),
     "worker": (

@@ -4,7 +4,6 @@ from pgbgw._child import (
 )
 from pgbgw.client import (
     Client,
-    WorkerHandle,
     attach,
 )
 from pgbgw.errors import (
@@ -25,6 +24,7 @@ from pgbgw.errors import (
     WorkerTerminated,
     WrongProcessError,
 )
+from pgbgw.handle import WorkerHandle
 from pgbgw.supervisor import (
     Supervisor,
 )

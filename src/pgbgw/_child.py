@@ -36,7 +36,8 @@ from pgbgw.errors import InvalidWorkerError, PgbgwError, WorkerTerminated, Wrong
 from pgbgw.worker import BackgroundWorker, Flags, Outcome
 
 if TYPE_CHECKING:
-    from pgbgw.client import Client, WorkerHandle
+    from pgbgw.client import Client
+    from pgbgw.handle import WorkerHandle
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Worker:
     @property
     def handle(self) -> WorkerHandle:
         """A handle on this very worker, for others: picklable.  The startup worker has none."""
-        from pgbgw.client import WorkerHandle
+        from pgbgw.handle import WorkerHandle
 
         a = self._assignment
         if a.slot < 0:

@@ -8,7 +8,8 @@ from enum import Enum
 from typing import Any
 
 from pgbgw import _log
-from pgbgw.client import Client, WorkerHandle
+from pgbgw.client import Client
+from pgbgw.handle import WorkerHandle
 from pgbgw.worker import Flags, Outcome, WorkerInfo
 
 Figures = tuple[float, int] | None  # CPU seconds, resident bytes; None: no process

@@ -1,4 +1,4 @@
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 from typing_extensions import disjoint_base
 
@@ -28,6 +28,7 @@ def segment_layout(nslots: int, ntokens: int) -> dict[str, int]: ...
 
 @final
 class ClientView:
+    owner: Any
     @property
     def address(self) -> str: ...
     @property

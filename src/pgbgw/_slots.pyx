@@ -180,7 +180,7 @@ cdef class ClientView:
 
     cdef client_t c
     cdef readonly str address
-    cdef object __weakref__
+    cdef public object owner
 
     def __cinit__(self, int outbox, int inbox, int supervisor, int connection, uint16_t cid,
                   str address not None):

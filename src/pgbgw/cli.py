@@ -26,7 +26,7 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from pgbgw import __version__, _log, _runtime, _show
-from pgbgw.client import Client, WorkerHandle, attach
+from pgbgw.client import Client, attach
 from pgbgw.errors import (
     AttachError,
     ConfigurationError,
@@ -38,6 +38,7 @@ from pgbgw.errors import (
     SupervisorDiedError,
     WaitTimeoutError,
 )
+from pgbgw.handle import WorkerHandle
 from pgbgw.worker import (
     MAX_PARALLEL_WORKER_LIMIT,
     MAX_WORKER_PROCESSES_LIMIT,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from pgbgw.client import Client, WorkerHandle
+    from pgbgw.client import Client
+    from pgbgw.handle import WorkerHandle
 
 
 class Watch:
@@ -35,8 +36,8 @@ class Watch:
         self._states: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
         self._refused = False  # some are not subscribed: look at all, whenever asked
-        self._sock, self._latch = client._connect(time.monotonic() + 10.0)
-        self._supervisor = os.dup(client._supervisor)
+        self._sock, self._latch = client._channels.connect(time.monotonic() + 10.0)
+        self._supervisor = os.dup(client._channels.supervisor)
         self._epoll = select.epoll()
         self._epoll.register(self._sock, select.EPOLLIN)
         self._epoll.register(self._supervisor, select.EPOLLIN)
@@ -63,7 +64,7 @@ class Watch:
 
     def add(self, *handles: WorkerHandle) -> None:
         """Watch these, too."""
-        self._client._check_open()
+        self._client._channels.check_open()
         for handle in handles:
             if handle.address != self._client.address:
                 raise ValueError(f"{handle!r} is a handle of another supervisor")
@@ -75,7 +76,7 @@ class Watch:
 
     def remove(self, *handles: WorkerHandle) -> None:
         """Watch these no longer; those that are not watched are no error."""
-        self._client._check_open()
+        self._client._channels.check_open()
         for handle in handles:
             key = (handle.slot, handle.generation)
             with self._lock:
@@ -90,8 +91,8 @@ class Watch:
         Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
         watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
         """
-        self._client._check_open()  # in a forked child what comes is the parent's
-        heard, said = self._client._hear(self._latch)
+        self._client._channels.check_open()  # in a forked child what comes is the parent's
+        heard, said = self._client._channels.hear(self._latch)
         changed = []
         with self._lock:
             self._refused = self._refused or Message.CAPACITY in said

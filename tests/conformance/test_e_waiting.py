@@ -28,6 +28,7 @@ from pgbgw import (
     WorkerHandle,
     attach,
 )
+from pgbgw._channels import Channels
 from pgbgw._wire import Message
 from support import observed_workers, poll_until, workers
 from support.control import paused
@@ -51,8 +52,8 @@ def left_by(path: Path) -> Any:
 
 def heard(client: Client, handle: WorkerHandle) -> list[Message]:
     """What the registrant was told of a worker meanwhile, though it never asked."""
-    messages = client._latch.drain()
-    client._note(messages)
+    messages = client._channels.first.drain()
+    client._channels._note(messages)
     return [
         Message(type)
         for type, slot, generation, _ in messages
@@ -63,10 +64,10 @@ def heard(client: Client, handle: WorkerHandle) -> list[Message]:
 @contextmanager
 def waiting(client: Client, wait: Any) -> Iterator[Any]:
     """Another thread calls wait(); it is waiting when the block begins."""
-    before = client._waiting
+    before = client._channels.waiting
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(wait)
-        poll_until(lambda: client._waiting > before)
+        poll_until(lambda: client._channels.waiting > before)
         yield future
 
 
@@ -95,7 +96,7 @@ def test_E01_who_does_not_want_to_be_told_is_not_and_may_wait_all_the_same() -> 
         quiet = client.register(workers.noop, notify=False)
         loud = client.register(workers.noop)
         poll_until(lambda: quiet.status() is STOPPED and loud.status() is STOPPED)
-        messages = client._latch.drain()
+        messages = client._channels.first.drain()
         told = {(slot, generation) for _, slot, generation, _ in messages}
         assert told == {(loud.slot, loud.generation)}
         another = client.register(workers.noop, notify=False)
@@ -463,7 +464,7 @@ def test_E14_the_supervisors_death_ends_every_wait() -> None:
         )
         with ThreadPoolExecutor(len(waits)) as pool, watch:
             results = [pool.submit(wait) for wait in waits]
-            poll_until(lambda: client._waiting == len(waits))
+            poll_until(lambda: client._channels.waiting == len(waits))
             os.kill(client.supervisor_pid, signal.SIGKILL)
             for i in (0, 1, 2):
                 assert results[i].result(30) is DIED
@@ -577,11 +578,11 @@ def test_E16_waiting_for_a_worker_that_fails_all_the_time_never_hangs(tmp_path: 
 def test_E16_a_wait_tells_what_ended_it_though_the_worker_runs_again_by_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = Client._wait
+    wait = Channels.wait
 
-    def slow(client: Client, *args: Any) -> set[WorkerHandle]:
+    def slow(channels: Channels, *args: Any) -> set[WorkerHandle]:
         """As if the waiting thread were not scheduled for long."""
-        pending = wait(client, *args)
+        pending = wait(channels, *args)
         poll_until(lambda: handle.status() is STARTED)
         return pending
 
@@ -590,7 +591,7 @@ def test_E16_a_wait_tells_what_ended_it_though_the_worker_runs_again_by_now(
         handle = client.register(observed_workers.ready_in_second_run, str(trace), restart_time=0.2)
         handle.wait_for_startup(30)
         (tmp_path / "trace.go").touch()
-        monkeypatch.setattr(Client, "_wait", slow)
+        monkeypatch.setattr(Channels, "wait", slow)
         assert handle.wait_for_shutdown(30) is STOPPED
 
 

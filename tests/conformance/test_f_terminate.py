@@ -100,7 +100,7 @@ def test_F02_in_its_restart_gap_a_worker_is_unregistered_at_once() -> None:
     with supervisor(max_worker_processes=1) as client, ThreadPoolExecutor(1) as pool:
         handle = in_gap(client)
         waiter = pool.submit(handle.wait_until_gone, 30)
-        poll_until(lambda: client._waiting)
+        poll_until(lambda: client._channels.waiting)
         handle.terminate()
         outcome = waiter.result(30)
         # Nothing new happened to it: it is told how it ended the last time, now for good.
@@ -128,7 +128,7 @@ def test_F03_a_registration_that_was_not_noticed_never_runs(
         with paused(client):
             handle = client.register(workers.append, str(trace), flags=Flags.CLASS_PARALLEL)
             waiter = pool.submit(handle.wait_for_shutdown, 30)
-            poll_until(lambda: client._waiting)
+            poll_until(lambda: client._channels.waiting)
             handle.terminate(grace=grace)
             assert handle.status() is HandleStatus.NOT_YET_STARTED
         assert waiter.result(30) is STOPPED

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "pgbgw"
 
-CLIENT_SIDE = ["latch", "_attachment", "client", "watch"]
+CLIENT_SIDE = ["latch", "_attachment", "_channels", "handle", "client", "watch"]
 WORKER_SIDE = ["_launch", "_database", "_child"]
 SUPERVISOR_SIDE = ["_poller", "_connections", "_workers", "_domain", "_loop", "_serve"]
 ORDER = [

@@ -355,7 +355,7 @@ def test_a_fork_while_other_threads_wait_disturbs_nobody() -> None:
         handle = client.register(workers.sleep_until_stopped)
         handle.wait_for_ready(30)
         results = [pool.submit(handle.wait_for_shutdown, 30) for _ in range(3)]
-        poll_until(lambda: client._waiting == 3)
+        poll_until(lambda: client._channels.waiting == 3)
 
         def child() -> HandleStatus:
             with attach(client.address):

@@ -20,7 +20,7 @@ from pgbgw import (
     WaitTimeoutError,
     WorkerHandle,
 )
-from pgbgw.client import POOL, REMEMBERED
+from pgbgw._channels import POOL, REMEMBERED
 from support import observed_workers, poll_until, workers
 from support.control import paused
 from support.supervisors import supervisor
@@ -153,7 +153,9 @@ def test_more_threads_wait_than_there_are_connections_for() -> None:
         before = len(os.listdir("/proc/self/fd"))
         waits = (handle.wait_for_shutdown, lambda t: client.wait([handle], t, "ALL_GONE"))
         results = [pool.submit(waits[i % 2], 30) for i in range(threads)]
-        poll_until(lambda: client._waiting == threads and len(client._lent) == POOL - 1)
+        poll_until(
+            lambda: client._channels.waiting == threads and len(client._channels.lent) == POOL - 1
+        )
         assert len(os.listdir("/proc/self/fd")) <= before + POOL - 1
         assert not any(result.done() for result in results)
         handle.terminate()
@@ -174,7 +176,9 @@ def test_timed_waits_for_many_end_though_the_supervisor_reads_nothing() -> None:
     ):
         first = client.register(workers.sleep_until_stopped, start_time=StartTime.SUPERVISOR_START)
         results = [pool.submit(first.wait_for_shutdown, 30) for _ in range(2)]
-        poll_until(lambda: client._waiting == 2 and client._lent)  # both have a connection now
+        poll_until(
+            lambda: client._channels.waiting == 2 and client._channels.lent
+        )  # both have a connection now
         first.terminate()
         for result in results:
             result.result(30)
@@ -197,7 +201,7 @@ def test_threads_without_a_connection_notice_the_supervisors_death_too() -> None
         handle.wait_for_ready(30)
         results = [pool.submit(handle.wait_until_gone) for _ in range(threads - 1)]
         results.append(pool.submit(handle.wait_for_shutdown))
-        poll_until(lambda: client._waiting == threads)
+        poll_until(lambda: client._channels.waiting == threads)
         os.kill(client.supervisor_pid, signal.SIGKILL)
         for result in results[:-1]:
             assert result.exception(30) is not None
@@ -212,7 +216,7 @@ def test_closing_the_client_ends_the_waits_of_other_threads() -> None:
         handle = client.register(workers.sleep_until_stopped)
         handle.wait_for_ready(30)
         results = [pool.submit(handle.wait_until_gone) for _ in range(3)]
-        poll_until(lambda: client._waiting == 3)
+        poll_until(lambda: client._channels.waiting == 3)
         client.close()
         for result in results:
             with pytest.raises(AttachError):
@@ -232,7 +236,7 @@ def test_wide_programs_can_wait_too(tmp_path: Path) -> None:
             with ThreadPoolExecutor(2) as pool, client.watch(handle) as watch:
                 assert watch.fileno() > 1024
                 results = [pool.submit(handle.wait_for_shutdown, 30) for _ in range(2)]
-                poll_until(lambda: client._waiting == 2)
+                poll_until(lambda: client._channels.waiting == 2)
                 poll_until(watch.changes)
                 handle.terminate()
                 for result in results:
@@ -262,7 +266,7 @@ def test_who_has_not_read_for_long_learns_that_all_are_gone() -> None:
         handles = come_and_go(client, 3000)
         poll_until(lambda: client.workers() == [])
         # The socket is full, and what came later was dropped.
-        assert client._latch.has_message()
+        assert client._channels.first.has_message()
         assert client.wait(handles, 30, "ALL_GONE") == (set(handles), set())
         kinds = [handle.outcome and handle.outcome.kind for handle in handles]
         # What was told first had room; what the slots show still is known as well.

@@ -423,7 +423,7 @@ import os, socket
 from pgbgw import attach
 from pgbgw._wire import Message, pack
 client = attach(address)
-sock = client._sock
+sock = client._channels._sock
 messages = [os.urandom(40), pack(Message.KICK, 3, 1), pack(Message.SUBSCRIBE, 3, 1), b"short"]
 sent = 0
 while not test.poll():
