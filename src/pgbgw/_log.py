@@ -40,6 +40,8 @@ LEVELS = {
 """Python's levels and PostgreSQL's words for them."""
 LINE_BYTES = 16 * 1024
 """What is longer is cut."""
+STDERR_PATIENCE = 1.0
+"""Seconds that a worker waits for a reader of stderr."""
 
 # What could forge a line, drive a terminal or turn the reading direction: C0 and C1 controls, the
 # line and paragraph separators, bidi marks; and lone surrogates, which no encoding takes.
@@ -169,7 +171,11 @@ class RelayHandler(logging.Handler):
 
 
 class StderrHandler(logging.Handler):
-    """Writes each record to stderr at once and in one piece, past sys.stderr and its buffer."""
+    """Writes each record to stderr at once, past sys.stderr and its buffer.
+
+    A reader who has stopped reading costs a second a line, and then the rest of the line: a worker
+    that says goodbye must not hang in it for ever.
+    """
 
     def __init__(self, fd: int = 2) -> None:
         super().__init__()
@@ -179,11 +185,13 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = _encode(self.format(record))
-            while line:
-                try:
-                    line = line[os.write(self._fd, line) :]
-                except BlockingIOError:  # somebody who shares stderr made it non-blocking
-                    select.select([], [self._fd], [])
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            while line and poll.poll(STDERR_PATIENCE * 1000):
+                try:  # what poll promises room for; in one piece if it can be
+                    line = line[os.write(self._fd, line[: select.PIPE_BUF]) :]
+                except BlockingIOError:  # non-blocking, and another writer was faster
+                    continue
         except Exception:  # stderr is closed: there is nobody to tell
             pass
 

@@ -155,6 +155,8 @@ def serve(
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, open_files)
         sys.path[:] = [os.path.abspath(p) for p in sys.path]
         environ = _preload(settings.preload)
+        if settings.start_method == "fork":
+            _refuse_threads()
         plugs = _plug_holes()
         for plug in plugs:
             stack.callback(os.close, plug)
@@ -237,7 +239,7 @@ def _thread_name(task: str) -> str:
 
 
 def _preload(modules: Sequence[str]) -> dict[str, str]:
-    """Import what all workers need, once; they share the memory.  It must not start threads.
+    """Import what all workers need, once; they share the memory.
 
     Search path, directory and environment are afterwards as they were before: that is what workers
     find.  Returns the environment.
@@ -255,7 +257,6 @@ def _preload(modules: Sequence[str]) -> dict[str, str]:
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environ)
-    _refuse_threads()
     return environ
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Who is attached, by address: where a handle that came from elsewhere finds its table.
 attached: dict[str, Client] = {}
 
+_LOST = Outcome(kind="lost", exitcode=None, signal=None, error=None, at=0.0, restarts=0, final=True)
+
 
 class WorkerHandle(_slots.SlotHandle):
     """One registration, for ever: (epoch, slot, generation).  Immutable, hashable, picklable.
@@ -75,9 +77,7 @@ class WorkerHandle(_slots.SlotHandle):
                 outcome = client._channels.outcome(self.slot, self.generation)
             if outcome is not None:
                 return outcome
-        return Outcome(
-            kind="lost", exitcode=None, signal=None, error=None, at=0.0, restarts=0, final=True
-        )
+        return _LOST
 
     def info(self) -> WorkerInfo:
         """What `pgbgw ps` shows of it.
@@ -125,9 +125,8 @@ class WorkerHandle(_slots.SlotHandle):
                 f'the supervisor at "{self.address}" is dead',
                 detail="its workers died with it",
             )
-        outcome = self.outcome
-        assert outcome is not None
-        return outcome
+        # None after damage to the slot's word alone: the generation it showed was yet to come.
+        return self.outcome or _LOST
 
     def _wait(
         self,
@@ -202,8 +201,8 @@ def _is_gone(handle: WorkerHandle) -> HandleStatus | None:
         return HandleStatus.SUPERVISOR_DIED if died else None
     client = handle._find_client()
     if client._channels.outcome(handle.slot, handle.generation) is None:
-        if not handle._freed:
-            return None
+        if not handle._freed and not client._view.supervisor_gone():
+            return None  # a supervisor that died just here will not give the slot back
         if handle.epoch == client.epoch:
             # Keep what its detail says: others may use the slot before we look again.
             detail = client._view.detail(handle.slot, handle.generation)

@@ -79,11 +79,11 @@ class SlotClient:
     """An attached client: its view, and the end of its connection where doorbells arrive."""
 
     def __init__(self, table: Table, cid: int) -> None:
-        self.doors, self._sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.doors, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pidfd = os.pidfd_open(table.supervisor_pid)
         self.cid = cid
         self.view = ClientView(
-            table.outbox, table.inbox, self._pidfd, self._sock.fileno(), cid, "nowhere"
+            table.outbox, table.inbox, self._pidfd, self.sock.fileno(), cid, "nowhere"
         )
 
     def register(self, image: bytes | None = None, *, parallel: bool = False) -> Handle | int:
@@ -111,7 +111,7 @@ class SlotClient:
 
     def close(self) -> None:
         self.view.close()
-        for end in (self.doors, self._sock):
+        for end in (self.doors, self.sock):
             end.close()
         os.close(self._pidfd)
 

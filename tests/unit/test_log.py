@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -289,6 +290,21 @@ def test_a_worker_s_line_is_written_whole_even_in_pieces_and_to_a_non_blocking_s
     os.close(read_end)
     os.close(write_end)
     assert written.endswith(b"LOG:  a line that is longer than ten bytes\n")
+
+
+def test_a_worker_does_not_hang_in_a_line_that_nobody_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_log, "STDERR_PATIENCE", 0.05)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(4096))
+    os.set_blocking(write_end, True)
+    StderrHandler(write_end).emit(record("goodbye"))  # returns
+    os.close(read_end)
+    os.close(write_end)
 
 
 # --- setting up -----------------------------------------------------------------------------------

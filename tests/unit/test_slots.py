@@ -489,7 +489,7 @@ def test_a_supervisor_does_not_fall_asleep_over_a_change(small: Table) -> None:
 
 def test_a_full_or_broken_connection_does_not_fail_a_registration(small: Table) -> None:
     client, other = small.client(), small.client()
-    sock = client._channels._sock
+    sock = client.sock
     with suppress(BlockingIOError):
         while True:
             sock.send(bytes(16), socket.MSG_DONTWAIT)
