@@ -154,18 +154,20 @@ supervisor_populate(supervisor_t *s, uint32_t slot)
     return true;
 }
 
-/* A new generation's detail; registered_at is Unix time in ns. */
+/* A new generation's detail; now is Unix time in ns.  When it was registered is the client's
+ * word, which is only shown: never in the future. */
 static inline void
-detail_begin(supervisor_t *s, uint32_t x, const record_t *r, int64_t registered_at)
+detail_begin(supervisor_t *s, uint32_t x, const record_t *r, int64_t now)
 {
     detail_t  d = {0};
     detail_t *shared = detail_of(&s->m, x, s->slots[x].generation);
+    uint64_t  age = (uint64_t) monotonic_ns(CLOCK_MONOTONIC) - r->registered_ns;
 
     d.generation = s->slots[x].generation;
     d.flags = r->flags;
     d.start_time = r->start_time < START_TIMES ? r->start_time : 0;  /* what is refused may ... */
     d.restart_ns = r->restart_ns;
-    d.registered_at = registered_at;
+    d.registered_at = age < (uint64_t) now ? now - (int64_t) age : now;
     if (r->name_len < sizeof r->name)           /* ... have any values and lengths */
         sanitise(d.name, sizeof d.name, r->name, r->name_len, false);
     if (r->type_len < sizeof r->type)
