@@ -240,10 +240,10 @@ class Channels:
 
     # --- the end ----------------------------------------------------------------------------
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes, deadline: float | None = None) -> None:
         """Send a request, waiting for room; a dead supervisor is no error here."""
         self.check_open()
-        self.first.send(message)
+        self.first.send(message, deadline)
 
     def check_open(self) -> None:
         """AttachError if the client is closed, WrongProcessError in a forked child."""

@@ -394,7 +394,7 @@ class Client:
         if shutdown == ShutdownMode.NONE:
             raise ValueError(f"mode must be 'smart', 'fast' or 'immediate', not {mode!r}")
         deadline = deadline_after(timeout)
-        self._channels.send(pack(Message.STOP, shutdown))
+        self._channels.send(pack(Message.STOP, shutdown), deadline)
         while self._channels.sleep(None, deadline, 3600.0):
             if deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimeoutError(

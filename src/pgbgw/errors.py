@@ -167,7 +167,8 @@ class WorkerTerminated(SystemExit):
     """Raised in a worker by SIGTERM, at the next safe point: its exit code will be 1.
 
     Not an error: code that cleans up in `finally` or `with` runs, `except Exception` does not
-    swallow it.
+    swallow it.  It is raised once: a worker that swallows it all the same (`except BaseException`)
+    goes on until it ends by itself, or is killed after a grace.
     """
 
     __module__ = "pgbgw"

@@ -59,7 +59,7 @@ class Watch:
         self.close()
 
     def fileno(self) -> int:
-        """A descriptor that is readable when changes() has something to tell, or to raise."""
+        """A descriptor that is readable when it is time to call changes(); it may tell nothing."""
         return self._epoll.fileno()
 
     def add(self, *handles: WorkerHandle) -> None:
