@@ -6,7 +6,6 @@ import json
 import os
 import select
 import socket
-import struct
 import time
 from dataclasses import dataclass
 
@@ -35,10 +34,10 @@ class Attachment:
         os.close(self.inbox)
 
 
-def connect(address: Address, deadline: float) -> Attachment:
+def connect(address: Address, deadline: float, *, first: bool) -> Attachment:
     """Attach, trying again while a supervisor starts or is full.  AttachError otherwise.
 
-    deadline: in monotonic time.
+    deadline: in monotonic time.  first: become a new client, else another connection of this one.
     """
     dirfd = _runtime.open_directory(address, create=False)
     try:
@@ -57,7 +56,7 @@ def connect(address: Address, deadline: float) -> Attachment:
             except BlockingIOError:
                 problem = "too many processes are attaching"
             else:
-                attachment = _shake_hands(sock, address, deadline)
+                attachment = _shake_hands(sock, address, deadline, first)
                 if attachment is not None:
                     return attachment
                 problem = "the supervisor hung up"
@@ -72,15 +71,20 @@ def connect(address: Address, deadline: float) -> Attachment:
         os.close(dirfd)
 
 
-def _shake_hands(sock: socket.socket, address: Address, deadline: float) -> Attachment | None:
+def _shake_hands(
+    sock: socket.socket, address: Address, deadline: float, first: bool
+) -> Attachment | None:
     """Say who we are, be welcomed; None if the supervisor hangs up first."""
     try:
         challenge = _answer(sock, address, deadline)
         message = unpack(challenge[0]) if challenge is not None else None
+        if challenge is not None and message is not None and message[0] == Message.REFUSED:
+            return welcome(sock, *challenge, address)
         if message is None or message[0] != Message.CHALLENGE:
             sock.close()
             return None
-        hello = pack(Message.HELLO, os.getpid(), message[2], struct.pack("<I", _wire.PROTOCOL))
+        body = _wire.HELLO.pack(_wire.PROTOCOL, first)
+        hello = pack(Message.HELLO, os.getpid(), message[2], body)
         try:
             sock.send(hello, socket.MSG_NOSIGNAL)
         except OSError:

@@ -173,7 +173,7 @@ class Channels:
 
     def connect(self, deadline: float) -> tuple[socket.socket, Latch]:
         """A further connection of this process; its client id is the same."""
-        extra = _attachment.connect(self._address, deadline)
+        extra = _attachment.connect(self._address, deadline, first=False)
         extra.close_segments()
         os.close(extra.supervisor)
         return extra.sock, Latch(extra.sock, self.supervisor)

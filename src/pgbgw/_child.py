@@ -256,22 +256,18 @@ class Worker:
 
     # --- telling ----------------------------------------------------------------------------
 
-    def _tell(self, type: Message, body: bytes = b"", patience: float = _CHANNEL_PATIENCE) -> None:
+    def _tell(self, type: Message, body: bytes = b"") -> None:
         """Send to the supervisor; wait for room.  The supervisor's death is ours, so no error."""
         if os.getpid() != self._pid:
             return  # a fork of the worker that has come back to our frames: not its to tell
         a = self._assignment
         message = pack(type, max(a.slot, 0), a.generation, body)
-        deadline = time.monotonic() + patience
         while True:
             try:
                 self._channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 return
             except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-                _await_channel(self._channel, select.POLLOUT, min(left, 1.0))
+                _await_channel(self._channel, select.POLLOUT, 1.0)
             except OSError:
                 return
 
@@ -440,18 +436,23 @@ def _start(
 def _run(worker: Worker) -> int:
     """Do the worker's work and end cleanly; the exit code."""
     try:
-        try:
-            _set_up(worker)
-            entry = lookup_function(str(worker.worker.entry))
-            args, kwargs = worker.worker._load_arguments()
-            entry(*args, **kwargs)
-            threading._shutdown()  # type: ignore[attr-defined]
-        finally:
-            worker._finishing = True  # a stop that comes from here on changes nothing
-        code = 0
-    except BaseException as exc:
+        code = _call_entry(worker)
+        threading._shutdown()  # type: ignore[attr-defined]
+    except BaseException as exc:  # a stop that came while we reported, or joined threads
         code = _report(worker, exc)
+    worker._finishing = True  # one that comes from here on changes nothing
     return _finish(worker, code)
+
+
+def _call_entry(worker: Worker) -> int:
+    try:
+        _set_up(worker)
+        entry = lookup_function(str(worker.worker.entry))
+        args, kwargs = worker.worker._load_arguments()
+        entry(*args, **kwargs)
+        return 0
+    except BaseException as exc:
+        return _report(worker, exc)
 
 
 def _set_up(worker: Worker) -> None:
@@ -472,9 +473,8 @@ def _set_up(worker: Worker) -> None:
 
 
 def _finish(worker: Worker, code: int) -> int:
-    """The clean end: join threads, run atexit functions, flush, and say so."""
+    """The clean end: run atexit functions, flush, and say so."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # those of a worker that failed
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:

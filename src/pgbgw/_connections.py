@@ -15,10 +15,12 @@ import errno
 import json
 import logging
 import os
+import resource
 import secrets
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -98,13 +100,17 @@ class Connections:
         self._allow = b"" if allow is None else json.dumps(list(allow)).encode()
         self._requests = requests
         self._connections: dict[int, Connection] = {}
-        self._processes: dict[int, ClientProcess] = {}  # by pid, all of them alive or not noticed
+        self._processes: dict[int, ClientProcess] = {}  # by pid, the one that attached last
         self._by_cid: dict[int, ClientProcess] = {}
         self._subscribers: dict[int, set[Connection]] = {}  # by slot; of its present generation
         self._subscriptions = 0
         self._accepting = True
         self._noise = RateLimit(1, 10)
         self._listener: socket.socket | None = None
+        self._per_pid: Counter[int] = Counter()  # connections
+        # Two descriptors each, and two for each worker there may be; a quarter in any case.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = min(MAX_CONNECTIONS, max(files // 8, (files - 2 * view.nslots - 64) // 2))
         self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def listen(self, listener: socket.socket) -> None:
@@ -117,13 +123,13 @@ class Connections:
     @property
     def attached(self) -> bool:
         """Is any process attached?  Without one nobody can damage or lose anything."""
-        return bool(self._processes)
+        return bool(self._by_cid)
 
     def clients_left(self, requesters: set[ClientProcess]) -> int:
         """How many processes a smart shutdown waits for."""
         return sum(
             1
-            for p in self._processes.values()
+            for p in self._by_cid.values()
             if p not in requesters and not p.is_worker and p.connections
         )
 
@@ -172,17 +178,17 @@ class Connections:
             pid, uid, _ = _UCRED.unpack(raw)
             if uid != os.geteuid() or pid <= 0:
                 raise PermissionError(f"connection from another user ({uid})")
-            if len(self._connections) >= MAX_CONNECTIONS:
+            if len(self._connections) >= self._most:
                 raise OSError("too many connections")
-            pidfd = _kernel.peer_pidfd(sock.fileno())
-            if pidfd < 0:
-                pidfd = os.pidfd_open(pid)
+            if self._per_pid[pid] >= MAX_CONNECTIONS_PER_PROCESS:
+                refusal = pack(Message.REFUSED, body=b"this process has too many connections")
+                sock.send(refusal, _NONBLOCKING)
+                raise OSError(f"process {pid} has too many connections")
+            connection = self._watch(sock, pid, _kernel.peer_pidfd(sock.fileno()))
         except OSError as exc:
             self._complain("a connection was refused: %s", exc)
             sock.close()
             return
-        connection = Connection(sock, pid, pidfd)
-        self._watch(connection)
         self._send(connection, pack(Message.CHALLENGE, generation=connection.nonce))
 
     def join(self, pid: int) -> tuple[bytes, list[int], socket.socket] | str:
@@ -197,26 +203,35 @@ class Connections:
         try:
             _kernel.refuse_rights(ours.fileno())
             ours.setblocking(False)
-            connection = Connection(ours, pid, os.pidfd_open(pid))
+            connection = self._watch(ours, pid, -1)
         except OSError as exc:
             ours.close()
             theirs.close()
             return str(exc)
-        self._watch(connection)
-        admitted = self._admit(connection)
+        admitted = self._admit(connection, first=True)
         if isinstance(admitted, str):
             theirs.close()
             self._drop(connection)
             return admitted
         return self._welcome(admitted), [*self._descriptors, theirs.fileno()], theirs
 
-    def _watch(self, connection: Connection) -> None:
+    def _watch(self, sock: socket.socket, pid: int, pidfd: int) -> Connection:
+        """A connection that we read from now on; pidfd: -1 to open one.  May raise OSError."""
+        if pidfd < 0:
+            pidfd = os.pidfd_open(pid)
+        connection = Connection(sock, pid, pidfd)
+        try:
+            self._poller.add(
+                connection.fd,
+                lambda: self._read(connection),
+                lambda: self._writable(connection),
+            )
+        except OSError:  # the kernel's limit of watches
+            os.close(pidfd)
+            raise
         self._connections[connection.fd] = connection
-        self._poller.add(
-            connection.fd,
-            lambda: self._read(connection),
-            lambda: self._writable(connection),
-        )
+        self._per_pid[pid] += 1
+        return connection
 
     def _hello(self, connection: Connection, pid: int, nonce: int, body: bytes) -> None:
         if connection.process is not None:
@@ -224,10 +239,10 @@ class Connections:
         admitted: ClientProcess | str
         if pid != connection.pid or nonce != connection.nonce:
             admitted = "the connection is not that process's own"
-        elif body[:4] != struct.pack("<I", _wire.PROTOCOL):
+        elif len(body) < _wire.HELLO.size or _wire.HELLO.unpack_from(body)[0] != _wire.PROTOCOL:
             admitted = "the supervisor speaks another version of the protocol"
         else:
-            admitted = self._admit(connection)
+            admitted = self._admit(connection, first=bool(_wire.HELLO.unpack_from(body)[1]))
         if isinstance(admitted, str):
             if admitted != FULL:  # there may be room soon: who is hung up on tries again
                 self._send(connection, pack(Message.REFUSED, body=admitted.encode()))
@@ -244,28 +259,26 @@ class Connections:
         body = _wire.WELCOME.pack(process.cid, 1 if self._allow else 0) + self._allow
         return pack(Message.WELCOME, body=body)
 
-    def _admit(self, connection: Connection) -> ClientProcess | str:
-        """Bind the connection to its process's client, a new one if need be; or say why not."""
+    def _admit(self, connection: Connection, first: bool) -> ClientProcess | str:
+        """Bind the connection to its process's client; or say why not.
+
+        A first connection makes a new client even where the process has one: that one has detached,
+        and we have not come to read it.
+        """
+        if _is_dead(connection.pidfd):
+            return "its process is dead"
         known = self._processes.get(connection.pid)
         if known is not None and _is_dead(known.pidfd):
             self._process_gone(known)  # the number is another process's by now
             known = None
-        if known is not None:
-            if len(known.connections) >= MAX_CONNECTIONS_PER_PROCESS:
-                return "this process has too many connections"
-        else:
+        if known is None or first:
             is_worker = self._requests.is_worker(connection.pid)
-            if not self._accepting and not is_worker:
+            if known is None and not self._accepting and not is_worker:
                 return "the supervisor is shutting down"
-            cid = self._view.new_client()
-            if cid == 0:
-                return FULL
-            known = ClientProcess(connection.pid, connection.pidfd, cid, is_worker)
-            connection.pidfd = -1
-            self._processes[known.pid] = known
-            self._by_cid[cid] = known
-            process = known
-            self._poller.add(known.pidfd, lambda: self._process_gone(process))
+            admitted = self._new_client(connection, is_worker)
+            if isinstance(admitted, str):
+                return admitted
+            known = admitted
         if connection.pidfd >= 0:
             os.close(connection.pidfd)
             connection.pidfd = -1
@@ -273,12 +286,30 @@ class Connections:
         known.connections.append(connection)
         return known
 
+    def _new_client(self, connection: Connection, is_worker: bool) -> ClientProcess | str:
+        cid = self._view.new_client()
+        if cid == 0:
+            return FULL
+        process = ClientProcess(connection.pid, connection.pidfd, cid, is_worker)
+        try:
+            self._poller.add(process.pidfd, lambda: self._process_gone(process))
+        except OSError as exc:
+            self._view.client_gone(cid)
+            return str(exc)
+        connection.pidfd = -1
+        self._processes[process.pid] = process
+        self._by_cid[cid] = process
+        return process
+
     # --- going ------------------------------------------------------------------------------
 
     def _drop(self, connection: Connection) -> None:
         """The connection is over; its process may live on."""
         if self._connections.pop(connection.fd, None) is None:
             return
+        self._per_pid[connection.pid] -= 1
+        if not self._per_pid[connection.pid]:
+            del self._per_pid[connection.pid]
         for slot in connection.slots:
             self._unsubscribed(connection, slot)
         connection.slots = set()
@@ -294,7 +325,8 @@ class Connections:
         """Dead, or detached: its cid may be reused after a round of the sweep."""
         if self._by_cid.pop(process.cid, None) is None:
             return
-        del self._processes[process.pid]
+        if self._processes.get(process.pid) is process:
+            del self._processes[process.pid]
         for connection in list(process.connections):
             self._drop(connection)
         self._poller.remove(process.pidfd)
@@ -310,7 +342,7 @@ class Connections:
             os.close(self._spare_fd)
         for connection in list(self._connections.values()):
             self._drop(connection)
-        for process in self._processes.values():
+        for process in self._by_cid.values():
             self._poller.remove(process.pidfd)
             os.close(process.pidfd)
 
@@ -390,7 +422,7 @@ class Connections:
     def subscribe(self, connection: Connection, slot: int, generation: int) -> None:
         """From now on tell of every change; and tell once now, so that nothing falls between."""
         current = self._view.generation(slot)
-        if generation > current or current == 0:  # damaged or forged: nothing will ever come
+        if current == 0:
             self._complain("process %d subscribes to what does not exist", connection.pid)
             return
         if generation == current and slot not in connection.slots:
@@ -446,8 +478,11 @@ class Connections:
         except BlockingIOError:
             connection.overflowed = True
             self._poller.want_write(connection.fd, True)
-        except OSError:
+        except (BrokenPipeError, ConnectionError):
             pass  # broken: reading it will say so
+        except OSError:  # no memory for it just now
+            connection.overflowed = True
+            self._poller.want_write(connection.fd, True)
 
     def _writable(self, connection: Connection) -> None:
         try:

@@ -91,12 +91,11 @@ class CrashDomain:
         worker = BackgroundWorker(entry=self._startup, name="startup", flags=Flags.SHMEM_ACCESS)
         assignment = Assignment(self._epoch, -1, 0, self.memory)
         try:
-            child = self._table.launch(assignment, worker._record)
+            self.startup_child = self._table.launch(
+                assignment, worker._record, self._startup_exited, self._startup_heard
+            )
         except OSError as exc:
             self._give_up(f"could not launch the startup worker: {exc}")
-            return
-        self.startup_child = child
-        self._table.watch(child, self._startup_exited, self._startup_heard)
 
     def _started(self) -> None:
         if self._recovery is not None:
@@ -112,13 +111,18 @@ class CrashDomain:
                 if self._recovery is not None:
                     self._recovery = Phase.CONSISTENT
                 self._enter(Phase.CONSISTENT)
+            elif type == Message.JOIN:
+                self._table.join(self.startup_child, allowed=True)
 
     def _startup_exited(self) -> None:
         child = self.startup_child
         if child is None:
             return
         self._table.read(child, LAST_WORDS)
-        exitcode, signum = child.reap()
+        status = child.reap()
+        if status is None:
+            return
+        exitcode, signum = status
         self._table.unwatch(child)
         self.startup_child = None
         log_exit("startup worker", exitcode, signum)

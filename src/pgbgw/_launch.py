@@ -134,14 +134,15 @@ class Child:
             found.append((type, body))
         return found
 
-    def reap(self) -> tuple[int | None, int | None]:
-        """(exit code, signal) of the process, which is dead; (None, None) if it was not ours."""
+    def reap(self) -> tuple[int | None, int | None] | None:
+        """(exit code, signal) of the process; None if it lives, (None, None) if the kernel does
+        not know how it ended."""
         try:
             status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             return None, None
         if status is None:
-            return None, None
+            return None
         if status.si_code == os.CLD_EXITED:
             return status.si_status, None
         return None, status.si_status
@@ -149,6 +150,12 @@ class Child:
     def close(self) -> None:
         os.close(self.pidfd)
         self.channel.close()
+
+    def abandon(self) -> None:
+        """Kill and reap a process that was just launched: we cannot look after it."""
+        self.signal(signal.SIGKILL)
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        self.close()
 
 
 # What runs in a forked worker: it is given its end of the channel and never returns.

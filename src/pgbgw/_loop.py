@@ -18,7 +18,7 @@ from pgbgw._domain import KILL_AFTER_NS, CrashDomain
 from pgbgw._log import RateLimit
 from pgbgw._poller import Poller, Timer, Timers
 from pgbgw._slots import SupervisorView
-from pgbgw._workers import CANCELLED, LOST, REJECTED, WorkerTable
+from pgbgw._workers import CANCELLED, LOST, REJECTED, RegisteredWorker, WorkerTable
 from pgbgw.worker import Phase, ShutdownMode
 
 logger = logging.getLogger(__name__)
@@ -158,18 +158,26 @@ class Loop:
 
     # --- requests of clients ----------------------------------------------------------------
 
-    def terminate(self, slot: int, generation: int, grace_ns: int) -> None:
+    def _find(self, slot: int, generation: int) -> RegisteredWorker | None:
+        """The worker that a message is about; a message may come before the slot was looked at."""
         worker = self._table.get(slot, generation)
+        if worker is None and self._view.generation(slot) == generation:
+            self._act(self._view.drain(time.time_ns()))
+            worker = self._table.get(slot, generation)
+        return worker
+
+    def terminate(self, slot: int, generation: int, grace_ns: int) -> None:
+        worker = self._find(slot, generation)
         if worker is not None:
             self._table.terminate(worker, grace_ns)
 
     def cancel(self, slot: int, generation: int) -> None:
-        worker = self._table.get(slot, generation)
+        worker = self._find(slot, generation)
         if worker is not None and worker.child is not None:
             worker.child.signal(signal.SIGINT)
 
     def wake(self, slot: int, generation: int) -> None:
-        worker = self._table.get(slot, generation)
+        worker = self._find(slot, generation)
         if worker is not None:
             self._table.wake(worker)
 
@@ -195,10 +203,9 @@ class Loop:
         logger.info("received %s shutdown request", mode.name.lower())
         self._publish_phase()
         self.on_stop(mode)
-        if mode == ShutdownMode.SMART:
-            self.connections.refuse_new()
-            return
         self.connections.refuse_new()
+        if mode == ShutdownMode.SMART:
+            return
         self.enter(Phase.STOPPING)
         self._table.stopping = self.domain.stopping = True
         self._view.accepting = False

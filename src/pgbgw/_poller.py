@@ -1,7 +1,7 @@
 """What the supervisor waits for: descriptors, and points in time.
 
-Every descriptor has a callback that reads without blocking; being called once too often is
-harmless.  All times are CLOCK_MONOTONIC nanoseconds.
+Every descriptor has a callback that reads without blocking.  All times are CLOCK_MONOTONIC
+nanoseconds.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ class Poller:
             # Rounded up: a timer must not be met by a pass just before its time.  At most a day:
             # epoll takes no more than 24, and to wake up too early is harmless.
             timeout = max(0, -(-min(timeout_ns, _DAY_NS) // 1_000_000)) / 1000
-        for fd, events in self._epoll.poll(timeout):
-            # What an earlier callback of this batch removed is no longer here.
-            readable, writable = self._callbacks.get(fd, (None, None))
-            if events & EPOLLOUT and writable is not None:
+        batch = [(fd, events, self._callbacks.get(fd)) for fd, events in self._epoll.poll(timeout)]
+        for fd, events, callbacks in batch:
+            if callbacks is None:
+                continue
+            readable, writable = callbacks
+            # An earlier callback of this batch may have closed the descriptor, and the number may
+            # be another one's by now: this event is not for that one.
+            if events & EPOLLOUT and writable is not None and self._callbacks.get(fd) is callbacks:
                 writable()
-            if events & ~EPOLLOUT and readable is not None:
+            if events & ~EPOLLOUT and self._callbacks.get(fd) is callbacks:
                 readable()
 
     def fileno(self) -> int:

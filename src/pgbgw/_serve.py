@@ -63,6 +63,7 @@ class Settings:
     post_auth_delay: float
     log_level: int = logging.INFO
     static: list[bytes] = field(default_factory=list)  # record images
+    notices: list[str] = field(default_factory=list)  # to be logged at the start
     skipped: list[str] = field(default_factory=list)  # static workers that cannot run, and why
 
     def to_json(self) -> bytes:
@@ -133,6 +134,8 @@ def serve(
     with ExitStack() as stack:
         if threading.current_thread() is not threading.main_thread():
             raise StartError("the supervisor must run in the main thread")
+        # Ignored, as a daemon may hand it on, it would have the kernel reap our children.
+        stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         _refuse_threads()  # before the relay is forked; again after the preload
         _start_logging(settings, stack)
         if missing := _kernel.missing_features():
@@ -155,6 +158,9 @@ def serve(
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, open_files)
         sys.path[:] = [os.path.abspath(p) for p in sys.path]
         environ = _preload(settings.preload)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # or every worker would print it again
         if settings.start_method == "fork":
             _refuse_threads()
         plugs = _plug_holes()
@@ -339,9 +345,10 @@ def _build(settings: Settings, surroundings: Surroundings, stack: ExitStack) -> 
     stack.callback(loop.domain.close)
     signals = _kernel.signalfd(BLOCKED_SIGNALS)
     stack.callback(os.close, signals)
+    stack.callback(_kernel.read_signals, signals)  # a last ^C must not meet the old handlers
     loop.watch_signals(signals)
-    for problem in settings.skipped:
-        logger.info("%s", problem)
+    for notice in (*settings.notices, *settings.skipped):
+        logger.info("%s", notice)
     for image in settings.static:
         slot = view.register(image, time.time_ns())
         if slot < 0:  # Supervisor.register() has counted them; what is left is memory

@@ -52,6 +52,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdalign.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -349,12 +350,15 @@ map_read_detail(const map_t *m, uint32_t slot, uint64_t generation, detail_t *co
     for (int attempt = 0; attempt < 64; attempt++) {
         uint64_t seq = load_acquire(&shared->seq);
 
-        if (seq & 1)
+        if (seq & 1) {
+            sched_yield();                      /* preempted in mid-write, perhaps by us */
             continue;
+        }
         for (size_t i = 0; i < DETAIL_WORDS; i++)
             to[i] = load_acquire(&from[i]);     /* acquire: seq is loaded again after them */
         if (load_relaxed(&shared->seq) == seq)
             return copy->generation == generation;
+        sched_yield();
     }
     return false;
 }

@@ -17,6 +17,7 @@ HEAD = struct.Struct("<IIQ")
 MAX_MESSAGE = 1024  # bytes a client or a worker may send at once; what is longer is cut off
 MAX_READS = 64  # messages read from one connection in one pass of the loop
 
+HELLO = struct.Struct("<II")  # protocol, 1 if this is to be the process's first connection
 GRACE = struct.Struct("<q")  # TERMINATE: ns until SIGKILL, -1: never
 WELCOME = struct.Struct("<HH")  # cid, what follows: the allow list as JSON
 FINAL = struct.Struct("<IiiIq")  # kind, exit code, signal, restarts, Unix time in ns
@@ -27,7 +28,7 @@ class Message(IntEnum):
 
     # client -> supervisor
     KICK = 1  # look at the dirty bits
-    HELLO = 2  # slot: own pid, generation: the challenge's nonce; body: protocol
+    HELLO = 2  # slot: own pid, generation: the challenge's nonce; body: HELLO
     SUBSCRIBE = 3  # answered by one NOTIFY at once (or FINAL), then one for every change
     UNSUBSCRIBE = 4
     TERMINATE = 5  # body: grace; TERM is already set in shared memory

@@ -22,7 +22,7 @@ from pgbgw._child import run_forked
 from pgbgw._connections import Connections
 from pgbgw._launch import Assignment, Child, Surroundings
 from pgbgw._log import RateLimit, describe
-from pgbgw._poller import Poller, Timer, Timers
+from pgbgw._poller import Callback, Poller, Timer, Timers
 from pgbgw._slots import SupervisorView
 from pgbgw._wire import Message, pack
 from pgbgw.worker import OUTCOME_KINDS, Flags, Phase, StartTime
@@ -66,6 +66,7 @@ class RegisteredWorker:
         "terminated",
         "timer",
         "type",
+        "woken",
     )
 
     def __init__(self, view: SupervisorView, slot: int) -> None:
@@ -92,6 +93,7 @@ class RegisteredWorker:
         self.launches = 0
         self.failures = 0  # in a row
         self.outcome: dict[str, Any] | None = None  # of the last run, for the next
+        self.woken = False  # while it did not run
         self.timer: Timer | None = None  # until the restart, or until SIGKILL
 
     @property
@@ -325,31 +327,48 @@ class WorkerTable:
         )
         logger.debug("starting %s", worker)
         try:
-            child = self.launch(assignment, self._view.record(worker.slot))
+            child = self.launch(
+                assignment,
+                self._view.record(worker.slot),
+                lambda: self._exited(worker),
+                lambda: self._heard(worker),
+            )
         except OSError as exc:
             self._launch_failed(worker, exc)
             return
         worker.child = child
         worker.launches += 1
         self._by_pid[child.pid] = worker
-        self.watch(child, lambda: self._exited(worker), lambda: self._heard(worker))
+        if worker.woken:  # by somebody who did not wait for it to start
+            worker.woken = False
+            self.wake(worker)
         self._view.set_running(worker.slot, child.pid, time.time_ns())
         self.connections.notify(worker.slot, worker.generation)
 
-    def launch(self, assignment: Assignment, record: bytes) -> Child:
-        """A process with that record, by the start method; OSError if there can be none."""
+    def launch(
+        self, assignment: Assignment, record: bytes, exited: Callback, heard: Callback
+    ) -> Child:
+        """A process with that record, by the start method, watched.  OSError: there is none."""
         surroundings = self._surroundings
         if self._start_method == "spawn":
-            return _launch.spawn(surroundings, assignment, record, "background_worker_entry")
-        return _launch.fork(
-            surroundings,
-            assignment.memory,
-            lambda channel: run_forked(surroundings, assignment, record, channel),
-        )
-
-    def watch(self, child: Child, exited: Any, heard: Any) -> None:
-        self._poller.add(child.pidfd, exited)
-        self._poller.add(child.channel.fileno(), heard)
+            child = _launch.spawn(surroundings, assignment, record, "background_worker_entry")
+        else:
+            child = _launch.fork(
+                surroundings,
+                assignment.memory,
+                lambda channel: run_forked(surroundings, assignment, record, channel),
+            )
+        try:
+            self._poller.add(child.pidfd, exited)
+            try:
+                self._poller.add(child.channel.fileno(), heard)
+            except OSError:
+                self._poller.remove(child.pidfd)
+                raise
+        except OSError:  # the kernel's limit of watches: as if the fork had failed
+            child.abandon()
+            raise
+        return child
 
     def unwatch(self, child: Child) -> None:
         """Stop watching and close; the child is reaped."""
@@ -389,12 +408,12 @@ class WorkerTable:
             elif type == Message.TITLE:
                 self._view.set_activity(worker.slot, body)
             elif type == Message.JOIN:
-                self._join(worker, child)
+                self.join(child, worker.shmem_access)
 
-    def _join(self, worker: RegisteredWorker, child: Child) -> None:
-        """The worker becomes a client, over a connection that we make for it."""
+    def join(self, child: Child, allowed: bool) -> None:
+        """A worker becomes a client, over a connection that we make for it."""
         answer = "only workers with SHMEM_ACCESS have a client of their own"
-        joined = self.connections.join(child.pid) if worker.shmem_access else answer
+        joined = self.connections.join(child.pid) if allowed else answer
         try:
             if isinstance(joined, str):
                 refusal = pack(Message.REFUSED, body=joined.encode())
@@ -404,11 +423,14 @@ class WorkerTable:
                 with theirs:
                     _launch.send_descriptors(child.channel, message, fds)
         except OSError as exc:
-            logger.warning("could not answer %s: %s", worker, exc)
+            logger.warning("could not answer worker process %d: %s", child.pid, exc)
 
     def wake(self, worker: RegisteredWorker) -> None:
-        """End its wait.  A channel without room holds a wake-up already."""
-        if worker.child is not None:
+        """End its wait, or the first one of its next run.  A channel without room holds a wake-up
+        already."""
+        if worker.child is None:
+            worker.woken = True
+        else:
             try:
                 flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
                 worker.child.channel.send(pack(Message.AWAKE), flags)
@@ -423,7 +445,10 @@ class WorkerTable:
         if child is None:
             return
         self.read(child, LAST_WORDS)
-        exitcode, signum = child.reap()
+        status = child.reap()
+        if status is None:
+            return
+        exitcode, signum = status
         who = str(worker)
         worker.child = None
         worker.set_timer(None)

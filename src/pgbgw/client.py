@@ -64,7 +64,8 @@ def attach(address: str | os.PathLike[str] | None = None, *, timeout: float = 10
     with _clients_lock:
         client = _known(target)
         if client is None:
-            client = Client(target, _attachment.connect(target, time.monotonic() + timeout))
+            deadline = time.monotonic() + timeout
+            client = Client(target, _attachment.connect(target, deadline, first=True))
             attached[target.path] = client
         client._references += 1
         return client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pgbgw._systemd import Systemd
 from pgbgw.errors import (
     AttachError,
     ConfigurationError,
+    InvalidWorkerError,
     NoFreeSlotError,
     ParallelLimitError,
     PgbgwError,
@@ -61,7 +63,7 @@ class Supervisor:
     start_method
         "fork", or "spawn" for a fresh interpreter per worker
     spares
-        warm workers kept ready; must be 0 in this version
+        how many warm workers to keep ready; this version keeps none, and says so in its log
     allow
         patterns of the entry points that clients may ask for ("mylib.*"); None: any
     shared_memory
@@ -90,7 +92,7 @@ class Supervisor:
         _check_integer("max_worker_processes", max_worker_processes, 1, MAX_WORKER_PROCESSES_LIMIT)
         _check_integer("max_parallel_workers", max_parallel_workers, 0, MAX_PARALLEL_WORKER_LIMIT)
         _check_integer("shared_memory", shared_memory, 0, MAX_SHARED_MEMORY)
-        _check_integer("spares", spares, 0, 0)
+        _check_integer("spares", spares, 0, MAX_WORKER_PROCESSES_LIMIT)
         if start_method not in ("fork", "spawn"):
             raise ConfigurationError(
                 f"start_method must be 'fork' or 'spawn', not {start_method!r}"
@@ -116,6 +118,8 @@ class Supervisor:
             restart_after_crash=bool(restart_after_crash),
             post_auth_delay=float(post_auth_delay),
         )
+        if spares:
+            self._settings.notices.append("no spares are kept: every worker is started afresh")
         self._parallel = 0
         self._started = False
         self._client: Client | None = None
@@ -133,7 +137,11 @@ class Supervisor:
         from pgbgw import config
 
         arguments, workers = config.load(path)
-        supervisor = cls(**{**arguments, **overrides})
+        try:
+            supervisor = cls(**{**arguments, **overrides})
+        except (ConfigurationError, InvalidWorkerError) as exc:
+            place = f"{os.fsdecode(path)}: [supervisor]"
+            raise ConfigurationError(f"{place}: {exc}", detail=exc.detail, hint=exc.hint) from exc
         for worker, problem in workers:
             if worker is None:
                 supervisor._settings.skipped.append(problem)
@@ -255,10 +263,12 @@ class Supervisor:
     ) -> None:
         client, self._client = self._client, None
         if client is not None:
-            try:
+            if client._view.usable:
                 client.stop("fast")
-            finally:
                 client.close()
+            elif client._process is not None:  # closed in the block: SIGINT means fast, too
+                client._process.send_signal(signal.SIGINT)
+                client._process.wait()
 
 
 def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
@@ -319,8 +329,7 @@ def _log_level() -> int:
 
 def _check_integer(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        allowed = f"{least} to {most}" if least < most else f"{least} in this version"
-        raise ConfigurationError(f"{name} must be {allowed}, not {value!r}")
+        raise ConfigurationError(f"{name} must be {least} to {most}, not {value!r}")
 
 
 def _is_delay(value: object) -> bool:

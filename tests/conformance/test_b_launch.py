@@ -54,7 +54,7 @@ def pending(handles: list[WorkerHandle]) -> list[WorkerHandle]:
 
 def test_B01_all_registrations_made_during_a_pause_are_launched_from_one_wakeup() -> None:
     with supervisor(max_worker_processes=20) as client:
-        with paused(client):
+        with paused(client, idle=True):
             handles = [client.register(SLEEP) for _ in range(20)]
             assert pending(handles) == handles
         # To look is a load from shared memory: nothing here wakes the supervisor a second time.

@@ -205,7 +205,7 @@ def test_G05_a_registration_that_nobody_had_noticed_survives_the_crash(tmp_path:
     path = str(tmp_path / "log")
     with supervisor(max_worker_processes=16) as client:
         first = member(client)
-        with paused(client):
+        with paused(client, idle=True):
             kill(first)
             unseen = [
                 client.register(APPEND, path, str(i), flags=flags, restart_time=restart_time)
@@ -428,7 +428,7 @@ def test_G11_a_second_crash_while_the_domain_winds_down_is_part_of_the_first(
     with supervisor() as client:
         stubborn = member(client, "support.lifecycle_workers:on_sigquit", "crash", name="second")
         twins = [member(client) for _ in range(2)]
-        with paused(client):
+        with paused(client, idle=True):
             for handle in twins:
                 kill(handle)  # both are dead before the supervisor knows of either
         assert stubborn.wait_until_gone(30).signal == signal.SIGSEGV

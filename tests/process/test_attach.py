@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -238,7 +237,7 @@ def test_a_supervisor_with_a_full_queue_of_connections_is_asked_again_and_again(
                     while True:
                         waiting.append(_runtime.connect(address, dirfd))
                 with pytest.raises(AttachError, match=r"could not attach .* in time") as caught:
-                    _attachment.connect(address, time.monotonic() + 0.1)
+                    _attachment.connect(address, time.monotonic() + 0.1, first=False)
                 assert caught.value.detail == "too many processes are attaching"
             with ClientProcess(client.address) as other:
                 assert other.call("find", name="x") is None
@@ -310,9 +309,9 @@ def test_one_process_cannot_take_all_connections() -> None:
         attachments = []
         try:
             while len(attachments) < 255:  # and the client's own
-                attachments.append(_attachment.connect(address, time.monotonic() + 30))
+                attachments.append(_attachment.connect(address, time.monotonic() + 30, first=False))
             with pytest.raises(AttachError, match="refused") as caught:
-                _attachment.connect(address, time.monotonic() + 30)
+                _attachment.connect(address, time.monotonic() + 30, first=False)
             assert caught.value.detail == "this process has too many connections"
             assert works(client)
             with ClientProcess(client.address) as other:
@@ -377,7 +376,7 @@ def raw_connection(client: Client) -> Iterator[socket.socket]:
 
 
 def test_who_does_not_answer_the_challenge_is_refused_and_gets_nothing() -> None:
-    protocol = struct.pack("<I", _wire.PROTOCOL)
+    protocol = _wire.HELLO.pack(_wire.PROTOCOL, 1)
     with supervisor() as client:
         for pid, change, body in (
             (os.getpid(), 1, protocol),

@@ -8,7 +8,6 @@ import random
 import select
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from pgbgw import (
     WaitTimeoutError,
     attach,
 )
-from pgbgw._wire import GRACE, HEAD, PROTOCOL, Message, pack, unpack
+from pgbgw._wire import GRACE, HEAD, HELLO, PROTOCOL, Message, pack, unpack
 from pgbgw.worker import MAX_RESTART_TIME
 from support import poll_until
 from support.control import Startup, paused
@@ -138,12 +137,17 @@ def test_clients_killed_at_any_moment_leave_nothing_behind() -> None:
         for victim in clients:
             os.kill(victim, signal.SIGKILL)
             os.waitpid(victim, 0)
-        # What they had registered lives on, and obeys another client.
-        for info in client.workers():
-            client.handle(info).terminate()
-        poll_until(lambda: states(client) == {FREE})
-        poll_until(lambda: health.descriptors == descriptors)
-        poll_until(lambda: health.children == 1)
+
+        def nothing_left() -> bool:
+            """What they had registered lives on, and obeys another client; what they could not
+            announce any more is found by the sweep."""
+            for info in client.workers():
+                client.handle(info).terminate()
+            return states(client) == {FREE}
+
+        poll_until(nothing_left)
+        poll_until(lambda: health.descriptors == descriptors, message="descriptors")
+        poll_until(lambda: health.children == 1, message="children")
         assert_works(client)
 
 
@@ -322,7 +326,7 @@ def hello(sock: socket.socket, *, pid: int | None = None, nonce: int | None = No
     message = unpack(sock_recv(sock))
     assert message is not None
     assert message[0] == Message.CHALLENGE
-    body = struct.pack("<I", PROTOCOL)
+    body = HELLO.pack(PROTOCOL, 1)
     sock.send(pack(Message.HELLO, pid or os.getpid(), nonce or message[2], body))
     answer = unpack(sock_recv(sock))
     return 0 if answer is None else answer[0]

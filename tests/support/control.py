@@ -18,9 +18,15 @@ from support.waiting import poll_until
 
 
 @contextmanager
-def paused(client: Client) -> Iterator[None]:
-    """Keep the supervisor from noticing anything."""
+def paused(client: Client, *, idle: bool = False) -> Iterator[None]:
+    """Keep the supervisor from noticing anything.
+
+    idle: stop it in its sleep.  When it goes on it notices deaths before registrations then; it may
+    be past that otherwise.
+    """
     pid = client.supervisor_pid
+    if idle:
+        poll_until(lambda: client._view.sleeping)
     os.kill(pid, signal.SIGSTOP)
     try:
         poll_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)

@@ -22,7 +22,9 @@ class Rogue:
     def __init__(self, address: str, nslots: int, ntokens: int) -> None:
         self.nslots, self.ntokens = nslots, ntokens
         self.at = _slots.segment_layout(nslots, ntokens)
-        attachment = _attachment.connect(_runtime.resolve(address), time.monotonic() + GUARD)
+        attachment = _attachment.connect(
+            _runtime.resolve(address), time.monotonic() + GUARD, first=False
+        )
         self.cid, self.sock = attachment.cid, attachment.sock
         self.outbox, self._inbox = attachment.outbox, attachment.inbox
         self._pidfd = attachment.supervisor

@@ -1,0 +1,155 @@
+"""Edges at which a supervisor, a worker or a client once went wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pgbgw import Flags, HandleStatus, Phase, Supervisor, attach
+from pgbgw.client import Client
+from support import poll_until, workers
+from support.supervisors import lines, supervisor
+
+
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def test_a_starter_that_ignores_sigchld_does_not_make_every_exit_a_crash() -> None:
+    code = """
+import signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from pgbgw import Flags, Supervisor
+with Supervisor() as client:
+    member = client.register("support.workers:sleep_until_stopped", flags=Flags.SHMEM_ACCESS)
+    member.wait_for_ready(30)
+    done = client.register("support.workers:noop", flags=Flags.SHMEM_ACCESS).wait_until_gone(30)
+    print(done, member.status().name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environ(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == "exited with code 0 STARTED\n"
+
+
+def test_who_detaches_and_attaches_again_at_once_is_not_detached_by_his_own_past() -> None:
+    with supervisor() as owner:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = _detach_and_attach(owner.address)
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _detach_and_attach(address: str) -> int:
+    for _ in range(20):
+        client = attach(address)
+        handle = client.register(workers.noop)
+        for _ in range(200):  # more than the supervisor reads at once: DETACH comes behind them
+            handle.wake()
+        client.close()
+        with attach(address) as again:
+            if again.register(workers.noop).wait_until_gone(30).kind != "exited":
+                return 2
+    return 0
+
+
+def test_a_process_that_only_connects_takes_no_descriptors_from_workers(runtime_dir: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with supervisor(address="crowded") as client, ExitStack() as stack:
+            for _ in range(300):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                sock.connect(str(runtime_dir / "crowded.sock"))
+            assert client.register(workers.noop).wait_until_gone(30).exitcode == 0
+            directory = f"/proc/{client.supervisor_pid}/fd"
+            poll_until(lambda: len(os.listdir(directory)) < 2 * 256 + 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_failed_worker_that_joins_its_threads_can_still_be_stopped() -> None:
+    with supervisor() as client:
+        handle = client.register("support.edge_workers:fail_beside_a_thread", restart_time=0)
+        handle.wait_for_ready(30)
+        handle.terminate()
+        assert handle.wait_until_gone(30).exitcode == 1
+
+
+def test_the_startup_worker_may_be_a_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("PGBGW_TEST_TRACE", str(trace))
+    with supervisor(startup="support.edge_workers:startup") as client:
+        poll_until(lambda: client.phase is Phase.RUNNING)
+        assert lines(trace) == ["x"]
+
+
+def test_what_a_preload_prints_is_printed_once(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("print('loaded')\n")
+    code = """
+from pgbgw import Supervisor
+with Supervisor(preload=["loud"]) as client:
+    for _ in range(3):
+        client.register("support.workers:noop").wait_until_gone(30)
+"""
+    env = environ()
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    env.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert done.stdout == b"loaded\n", done.stderr
+
+
+def test_a_supervisor_ends_with_its_block_though_its_client_was_closed_in_it() -> None:
+    kept: list[Client] = []
+    with Supervisor() as client:
+        kept.append(client)
+        client.close()
+    assert kept[0]._process is not None
+    assert kept[0]._process.returncode == 0
+
+
+def test_a_wake_up_before_the_worker_starts_is_kept_for_it(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with supervisor() as client:
+        os.kill(client.supervisor_pid, signal.SIGSTOP)  # so that the wake-up comes before the start
+        try:
+            handle = client.register("support.edge_workers:wait_once", str(trace))
+            handle.wake()
+            assert handle.status() is HandleStatus.NOT_YET_STARTED
+        finally:
+            os.kill(client.supervisor_pid, signal.SIGCONT)
+        assert handle.wait_until_gone(30).exitcode == 0
+        assert lines(trace) == ["x"]
+
+
+@pytest.mark.parametrize("flags", [Flags.NONE, Flags.SHMEM_ACCESS])
+def test_a_toml_file_like_the_documented_one_is_understood(tmp_path: Path, flags: Flags) -> None:
+    file = tmp_path / "pgbgw.toml"
+    wanted = '["shmem-access"]' if flags else "[]"
+    file.write_text(
+        f"""
+[supervisor]
+max_worker_processes = 64
+spares = 4
+[[worker]]
+name = "idle-{{i}}"
+count = 2
+entry = "support.workers:sleep_until_stopped"
+flags = {wanted}
+"""
+    )
+    with Supervisor.from_toml(file) as client:
+        poll_until(lambda: [w.name for w in client.workers() if w.ready] == ["idle-0", "idle-1"])
