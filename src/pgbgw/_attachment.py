@@ -27,6 +27,7 @@ class Attachment:
     outbox: int
     inbox: int
     supervisor: int  # pidfd
+    identity: tuple[int, int]  # of the outbox: no other supervisor's has it while it is mapped
 
     def close_segments(self) -> None:
         """The descriptors of the segments: once mapped they are not needed."""
@@ -134,4 +135,7 @@ def welcome(sock: socket.socket, data: bytes, fds: list[int], address: Address) 
     body = message[3]
     cid, has_allow = _wire.WELCOME.unpack_from(body)
     allow = json.loads(body[_wire.WELCOME.size :]) if has_allow else None
-    return Attachment(sock, cid, allow, *fds)
+    outbox, inbox, supervisor = fds
+    status = os.fstat(outbox)
+    identity = (status.st_dev, status.st_ino)
+    return Attachment(sock, cid, allow, outbox, inbox, supervisor, identity)

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pgbgw import _attachment, _wire
+from pgbgw._attachment import Attachment
 from pgbgw._runtime import Address
 from pgbgw._slots import ClientView
 from pgbgw._wire import Message, pack
-from pgbgw.errors import AttachError
+from pgbgw.errors import AttachError, SupervisorDiedError
 from pgbgw.latch import LOOK_MS, Latch
 from pgbgw.worker import OUTCOME_KINDS, Outcome
 
@@ -35,12 +36,12 @@ REMEMBERED = 4096  # final outcomes kept after their slots were reused
 class Channels:
     """All connections of one client but those of its Watches."""
 
-    def __init__(
-        self, address: Address, view: ClientView, sock: socket.socket, supervisor: int
-    ) -> None:
-        """sock: the first connection.  supervisor: a pidfd.  Both are ours from here on."""
+    def __init__(self, address: Address, view: ClientView, attachment: Attachment) -> None:
+        """The attachment's first connection and pidfd are ours from here on."""
+        sock, supervisor = attachment.sock, attachment.supervisor
         self._address = address
         self._view = view
+        self._identity = attachment.identity
         self._sock = sock
         self.supervisor = supervisor
         self.first = Latch(sock, supervisor)
@@ -164,7 +165,7 @@ class Channels:
         except BaseException as exc:
             with self._lock:
                 self._connections -= 1
-            if isinstance(exc, (AttachError, OSError)):
+            if isinstance(exc, (AttachError, SupervisorDiedError, OSError)):
                 return None  # the supervisor is dead, or full: look now and then
             raise
         with self._lock:
@@ -174,8 +175,12 @@ class Channels:
     def connect(self, deadline: float) -> tuple[socket.socket, Latch]:
         """A further connection of this process; its client id is the same."""
         extra = _attachment.connect(self._address, deadline, first=False)
+        ours = extra.cid == self._view.cid and extra.identity == self._identity
         extra.close_segments()
         os.close(extra.supervisor)
+        if not ours:  # another supervisor has taken the address
+            extra.sock.close()
+            raise SupervisorDiedError(f'the supervisor at "{self._address}" is dead')
         return extra.sock, Latch(extra.sock, self.supervisor)
 
     def hear(self, latch: Latch | None) -> tuple[set[tuple[int, int]], set[int]]:

@@ -35,6 +35,19 @@ BLOCKED_SIGNALS = frozenset(
 )
 
 
+def fill_standard_descriptors() -> list[int]:
+    """Open /dev/null for each of 0, 1 and 2 that is closed; which they were.  Otherwise a file of
+    ours would get the number, and take what somebody prints."""
+    filled = []
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+            filled.append(fd)
+    return filled
+
+
 def interpreter_command(module: str, function: str, path: Sequence[str], *args: str) -> list[str]:
     """The command line of a fresh interpreter that calls module.function(*args).
 

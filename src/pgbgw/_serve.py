@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pgbgw import _kernel, _log, _runtime, _slots
 from pgbgw._connections import Connections
 from pgbgw._domain import CrashDomain
-from pgbgw._launch import BLOCKED_SIGNALS, Surroundings
+from pgbgw._launch import BLOCKED_SIGNALS, Surroundings, fill_standard_descriptors
 from pgbgw._loop import Loop
 from pgbgw._poller import Poller, Timers
 from pgbgw._workers import WorkerTable
@@ -128,12 +128,14 @@ def serve(
     """Be the supervisor until it is stopped; the exit status.
 
     owner: a pidfd, whose process we do not outlive by much.  accepts: called once connections are
-    accepted; StartError says why they never will be.  stops: called when a shutdown begins, and
+    accepted; StartError says why they never will be.  Stop signals stay blocked afterwards: who is
+    about to exit is not to be disturbed by one more.  stops: called when a shutdown begins, and
     again for a stronger one.  own: more descriptors that workers close.
     """
     with ExitStack() as stack:
         if threading.current_thread() is not threading.main_thread():
             raise StartError("the supervisor must run in the main thread")
+        fill_standard_descriptors()
         # Ignored, as a daemon may hand it on, it would have the kernel reap our children.
         stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         _refuse_threads()  # before the relay is forked; again after the preload
@@ -166,8 +168,7 @@ def serve(
         plugs = _plug_holes()
         for plug in plugs:
             stack.callback(os.close, plug)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
 
         surroundings = Surroundings(
             address=address.path,

@@ -400,6 +400,57 @@ words_load(void *private, const void *shared, size_t n)
     }
 }
 
+/* One step through UTF-8: how many bytes to take, and whether they may be shown.  What is no
+ * valid sequence, a control character, a line or paragraph separator or a mark that turns the
+ * writing direction is not: a name must not forge log lines or terminal output. */
+static inline size_t
+utf8_step(const unsigned char *s, size_t n, bool *printable)
+{
+    size_t   length = s[0] < 0x80 ? 1 : s[0] >= 0xf0 ? 4 : s[0] >= 0xe0 ? 3 : 2;
+    uint32_t c = length == 1 ? s[0] : s[0] & (0xff >> (length + 1));
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+
+    *printable = false;
+    if ((s[0] >= 0x80 && s[0] < 0xc2) || s[0] > 0xf4 || length > n)
+        return 1;
+    for (size_t i = 1; i < length; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 1;
+        c = c << 6 | (s[i] & 0x3f);
+    }
+    if (c < least[length] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000))
+        return 1;
+    *printable = !(c < 0x20 || (c >= 0x7f && c < 0xa0) || c == 0x61c || c == 0x200e ||
+                   c == 0x200f || (c >= 0x2028 && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069));
+    return length;
+}
+
+/* Copy n bytes as a terminated string that is safe to show; cut at a character if too long.
+ * Newlines and tabs stay if text, as in a traceback. */
+static inline size_t
+sanitise(char *to, size_t size, const char *from, size_t n, bool text)
+{
+    size_t out = 0;
+
+    memset(to, 0, size);
+    for (size_t i = 0; i < n;) {
+        bool   printable;
+        size_t step = utf8_step((const unsigned char *) from + i, n - i, &printable);
+
+        if (text && (from[i] == '\n' || from[i] == '\t'))
+            printable = true;
+        if (out + (printable ? step : 1) >= size)
+            break;
+        if (printable)
+            memcpy(to + out, from + i, step);
+        else
+            to[out] = '?';
+        out += printable ? step : 1;
+        i += step;
+    }
+    return out;
+}
+
 #include "_slots_client.h"
 #include "_slots_supervisor.h"
 

@@ -85,6 +85,8 @@ cdef extern from "_slots.h" nogil:
     bint client_terminate(client_t *, uint32_t, uint64_t)
     uint64_t client_status(const client_t *, uint32_t)
     bint client_freed(const client_t *, uint32_t, uint64_t)
+    bint client_occupied(const client_t *, uint32_t, uint64_t *)
+    bint client_read_pending(const client_t *, uint32_t, uint64_t, detail_t *)
 
     ctypedef struct slot_t:
         uint64_t generation
@@ -302,16 +304,15 @@ cdef class ClientView:
         return word_generation(st), st_state(st), st_ready(st), st_pid(st)
 
     def occupied(self):
-        """The slots that hold a registration, as the supervisor last said: [(slot, generation)]."""
+        """The slots that hold a registration, noticed or not: [(slot, generation)]."""
         cdef client_t *c = self._open()
         cdef uint32_t slot
-        cdef uint64_t st
+        cdef uint64_t generation
         cdef list found = []
 
         for slot in range(c.m.g.nslots):
-            st = client_status(c, slot)
-            if st_state(st) != ST_NONE:
-                found.append((slot, word_generation(st)))
+            if client_occupied(c, slot, &generation):
+                found.append((slot, generation))
         return found
 
     def slot_of_pid(self, uint32_t pid):
@@ -330,7 +331,7 @@ cdef class ClientView:
         return None
 
     def detail(self, uint32_t slot, uint64_t generation):
-        """The detail of a slot's generation, or None if it is no longer (or not yet) there.
+        """The detail of a slot's generation, or None if it is no longer there.
 
         (kind, exitcode, signal, restarts, final, flags, start_time, restart_ns, registered_at,
         started_at, stopped_at, name, type, activity, error); times in ns since 1970, 0 = not yet.
@@ -338,7 +339,10 @@ cdef class ClientView:
         cdef client_t *c = self._open()
         cdef detail_t d
 
-        if slot >= c.m.g.nslots or not map_read_detail(&c.m, slot, generation, &d):
+        if slot >= c.m.g.nslots:
+            return None
+        if (not map_read_detail(&c.m, slot, generation, &d)
+                and not client_read_pending(c, slot, generation, &d)):
             return None
         return (d.kind, d.exitcode, d.signal_, d.restarts, bool(d.final), d.flags, d.start_time,
                 d.restart_ns, d.registered_at, d.started_at, d.stopped_at, text(d.name),

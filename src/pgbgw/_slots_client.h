@@ -327,4 +327,47 @@ client_freed(const client_t *c, uint32_t slot, uint64_t generation)
            word_generation(load_acquire(&c->m.controls[slot].req)) != generation;
 }
 
+/* Is there a registration in the slot, noticed by the supervisor or not? */
+static inline bool
+client_occupied(const client_t *c, uint32_t slot, uint64_t *generation)
+{
+    uint64_t st = client_status(c, slot), w;
+
+    *generation = word_generation(st);
+    if (st_state(st) != ST_NONE)
+        return true;
+    w = load_acquire(&c->m.controls[slot].req);
+    return word_generation(w) == *generation && req_state(w) == REQ_READY;
+}
+
+/* The detail of a registration that the supervisor has not taken over yet, from its record: the
+ * word of a client, to show.  False if it is not there, or changes meanwhile. */
+static inline bool
+client_read_pending(const client_t *c, uint32_t slot, uint64_t generation, detail_t *d)
+{
+    word_t  *req = &c->m.controls[slot].req;
+    uint64_t w = load_acquire(req), st = client_status(c, slot), age;
+    int64_t  now = monotonic_ns(CLOCK_REALTIME);
+    record_t r;
+
+    if (word_generation(w) != generation || req_state(w) != REQ_READY ||
+        word_generation(st) != generation || st_state(st) != ST_NONE)
+        return false;
+    words_load(&r, record_of(&c->m, slot), sizeof r);
+    if (((load_acquire(req) ^ w) & ~REQ_TERM) != 0)
+        return false;
+    memset(d, 0, sizeof *d);
+    age = (uint64_t) monotonic_ns(CLOCK_MONOTONIC) - r.registered_ns;
+    d->generation = generation;
+    d->flags = r.flags & FLAGS_KNOWN;
+    d->start_time = r.start_time < START_TIMES ? r.start_time : 0;
+    d->restart_ns = r.restart_ns;
+    d->registered_at = age < (uint64_t) now ? now - (int64_t) age : now;
+    if (r.name_len < sizeof r.name)
+        sanitise(d->name, sizeof d->name, r.name, r.name_len, false);
+    if (r.type_len < sizeof r.type)
+        sanitise(d->type, sizeof d->type, r.type, r.type_len, false);
+    return true;
+}
+
 #endif

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from pgbgw import _launch, _policy
@@ -203,16 +202,13 @@ class WorkerTable:
         logger.debug("registering %s", worker)
         if worker.notify:
             self.connections.subscribe_registrant(cid, slot)
-        if cid and self._allow is not None and not self._allowed(worker.entry):
+        allow = self._allow
+        if cid and allow is not None and not _policy.entry_allowed(worker.entry, allow):
             reason = f'entry point "{worker.entry}" is not allowed'
             logger.warning("%s rejected: %s", worker, reason)
             self.forget(worker, REJECTED, error=reason.encode())
             return
         self._queue_of(worker).push(worker)
-
-    def _allowed(self, entry: str) -> bool:
-        """Does a pattern match?  "mylib.*" takes mylib.jobs:f, "mylib:*" only mylib's own."""
-        return any(fnmatchcase(entry, pattern) for pattern in self._allow or ())
 
     def forget(
         self,

@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names may be in any language
     try:
         status: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except PgbgwError as error:
         _complain(error)
@@ -81,9 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Nobody reads any more; what is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:  # of the output: a full disk
+        _discard_output()
+        _say(f"pgbgw: {error.strerror or error}")
+        return FAILED
+
+
+def _discard_output() -> None:
+    """What is still buffered must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: PgbgwError) -> None:
@@ -121,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
             supervisor = Supervisor(**given)
         else:
             supervisor = Supervisor.from_toml(options.config, overrides=given)
-        return supervisor.run()
+        return supervisor._run()
     except PgbgwError as error:  # also what is wrong with the file: this usage was right
         _complain(error)
         return FAILED
@@ -306,7 +315,7 @@ def _matching(client: Client, target: str) -> list[WorkerInfo]:
         found = [info for info in workers if info.type == target.removeprefix("type:")]
     elif re.fullmatch(r"[0-9]+/[0-9]+", target):
         found = [info for info in workers if _show.place(info) == target]
-    elif re.fullmatch(r"[0-9]+", target):
+    elif re.fullmatch(r"[0-9]{1,10}", target):
         found = [info for info in workers if info.pid == int(target)]
     return found or [info for info in workers if info.name == target]
 
@@ -505,7 +514,8 @@ def _address(text: str) -> str:
 
 def _between(least: int, most: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        digits = text.isascii() and text.isdigit() and len(text) < 20
+        if not digits or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not between {least} and {most}")
         return int(text)
 

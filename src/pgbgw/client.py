@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from pgbgw import _attachment, _runtime, _slots
 from pgbgw._attachment import Attachment
 from pgbgw._channels import Channels
+from pgbgw._log import clean
+from pgbgw._policy import entry_allowed
 from pgbgw._runtime import Address
 from pgbgw._wire import Message, pack
 from pgbgw.errors import (
@@ -126,7 +127,7 @@ class Client:
         finally:
             attachment.close_segments()
         self._view.owner = self
-        self._channels = Channels(address, self._view, attachment.sock, attachment.supervisor)
+        self._channels = Channels(address, self._view, attachment)
         self._references = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -206,10 +207,15 @@ class Client:
     def register_many(self, workers: Iterable[BackgroundWorker]) -> list[WorkerHandle]:
         """Register all; the supervisor is woken once at most.
 
-        What register() raises carries `.handles` where it is about room: those made so far, which
-        run.
+        All are checked before the first is registered.  NoFreeSlotError and ParallelLimitError
+        carry `.handles`: those made so far, which run.
         """
         handles: list[WorkerHandle] = []
+        workers = list(workers)
+        for worker in workers:
+            if not isinstance(worker, BackgroundWorker):
+                raise TypeError(f"register_many() takes BackgroundWorkers, not {worker!r}")
+            self._check(worker)
         try:
             for worker in workers:
                 handles.append(self._register(worker))  # noqa: PERF401
@@ -244,17 +250,20 @@ class Client:
                 hint="attach() again once another one runs.",
             )
 
-    def _register(self, worker: BackgroundWorker) -> WorkerHandle:
+    def _check(self, worker: BackgroundWorker) -> bytes:
+        """The record of a worker that may be registered here."""
         self._check_alive()
         image = worker._record
-        if self._allow is not None:
-            entry = str(worker.entry)
-            if not any(fnmatchcase(entry, pattern) for pattern in self._allow):
-                raise EntryNotAllowedError(
-                    f'background worker "{worker.name}": entry point "{entry}" is not allowed',
-                    detail=f"the supervisor allows {', '.join(self._allow) or 'none'}",
-                    hint='Add it to "allow" of the supervisor.',
-                )
+        if self._allow is not None and not entry_allowed(str(worker.entry), self._allow):
+            raise EntryNotAllowedError(
+                f'background worker "{worker.name}": entry point "{worker.entry}" is not allowed',
+                detail=f"the supervisor allows {', '.join(self._allow) or 'none'}",
+                hint='Add it to "allow" of the supervisor.',
+            )
+        return image
+
+    def _register(self, worker: BackgroundWorker) -> WorkerHandle:
+        image = self._check(worker)
         result = self._view.register(image, worker._parallel, WorkerHandle)
         if not isinstance(result, int):
             return result
@@ -289,7 +298,7 @@ class Client:
         found = []
         for slot, generation in self._view.occupied():
             info = self._view_info(slot, generation)
-            if info is not None and (type is None or info.type == type):
+            if info is not None and (type is None or info.type == clean(type)):
                 found.append(info)
         return found
 
@@ -301,7 +310,7 @@ class Client:
             place = self._place(pid)
             return None if place is None else self._view.handle(*place, WorkerHandle)
         for info in self.workers():
-            if info.name == name:
+            if info.name == clean(name or ""):
                 return self._view.handle(info.slot, info.generation, WorkerHandle)
         return None
 
@@ -313,6 +322,8 @@ class Client:
 
     def _place(self, pid: int) -> tuple[int, int] | None:
         """Slot and generation of the worker that runs as this pid; None for any other number."""
+        if self._view.supervisor_gone():  # and all workers with it
+            return None
         return self._view.slot_of_pid(pid if 0 < pid < 1 << 32 else 0)
 
     def handle(self, info: WorkerInfo) -> WorkerHandle:
@@ -324,7 +335,7 @@ class Client:
         if detail is None:
             return None
         now_generation, _, ready, pid = self._view.status(slot)
-        here = now_generation == generation
+        here = now_generation == generation and not self._view.supervisor_gone()
         running = here and pid != 0
         handle = self._view.handle(slot, generation, WorkerHandle)
         return WorkerInfo(

@@ -80,19 +80,14 @@ class WorkerHandle(_slots.SlotHandle):
         return _LOST
 
     def info(self) -> WorkerInfo:
-        """What `pgbgw ps` shows of it.
-
-        PgbgwError until the supervisor has taken it over, and once its slot was used by others.
-        """
+        """What `pgbgw ps` shows of it.  PgbgwError once its slot was used by others."""
         client = self._find_client()
         info = None
         if self._view.epoch == self.epoch:
             info = client._view_info(self.slot, self.generation)
         if info is None:
-            early = self.status() is HandleStatus.NOT_YET_STARTED
             raise PgbgwError(
-                f"nothing is known {'yet' if early else 'any more'} of the worker"
-                f" {self.slot}/{self.generation}"
+                f"nothing is known any more of the worker {self.slot}/{self.generation}"
             )
         return info
 

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from pgbgw import _runtime
-from pgbgw._launch import interpreter_command
+from pgbgw._launch import fill_standard_descriptors, interpreter_command
 from pgbgw._serve import Settings, serve
 from pgbgw._systemd import Systemd
 from pgbgw.errors import (
@@ -165,6 +166,8 @@ class Supervisor:
                 f'background worker "{worker.name}": must be registered before the start',
                 hint="Use Client.register() for a dynamic worker.",
             )
+        if not isinstance(worker, BackgroundWorker):
+            raise TypeError(f"register() takes a BackgroundWorker, not {worker!r}")
         image = worker._static_record()
         limit = self._settings.max_worker_processes
         if len(self._settings.static) >= limit:
@@ -198,6 +201,14 @@ class Supervisor:
 
         Raises StartError if it cannot: an address in use, threads, a module that does not preload.
         """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        try:
+            return self._run()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _run(self) -> int:
+        """run(), for who exits afterwards: stop signals stay blocked."""
         self._begin()
         address = self._address or _runtime.resolve("default")
         self._settings.address = address.path
@@ -277,8 +288,14 @@ def _start_process(settings: Settings) -> subprocess.Popen[bytes]:
     path = [os.path.abspath(p) for p in sys.path]
     if package not in path:  # found by an import hook, as in an editable install
         path.append(package)
+    filled = fill_standard_descriptors()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs, tempfile.TemporaryFile() as file:
+    with ExitStack() as stack:
+        for fd in filled:
+            stack.callback(os.close, fd)
+        file = stack.enter_context(tempfile.TemporaryFile())
+        for end in (ours, theirs):
+            stack.enter_context(end)
         settings.log_level = _log_level()
         file.write(settings.to_json())
         file.seek(0)
@@ -337,7 +354,8 @@ def _is_delay(value: object) -> bool:
     return number and isfinite(value) and 0 <= value <= 3600  # type: ignore[arg-type, operator]
 
 
-def _strings(name: str, values: Sequence[object]) -> list[str]:
-    if isinstance(values, str) or any(not isinstance(v, str) or not v for v in values):
-        raise ConfigurationError(f"{name} must be a sequence of names, not {values!r}")
+def _strings(name: str, given: object) -> list[str]:
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if isinstance(given, str) or any(not isinstance(v, str) or not v for v in values):
+        raise ConfigurationError(f"{name} must be a sequence of names, not {given!r}")
     return [str(value) for value in values]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pgbgw._wire import Message, pack
-from pgbgw.errors import SupervisorDiedError
+from pgbgw.errors import AttachError, SupervisorDiedError
 from pgbgw.worker import HandleStatus
 
 NOT_LAUNCHED = -1
@@ -64,7 +64,7 @@ class Watch:
 
     def add(self, *handles: WorkerHandle) -> None:
         """Watch these, too."""
-        self._client._channels.check_open()
+        self._check_open()
         for handle in handles:
             if handle.address != self._client.address:
                 raise ValueError(f"{handle!r} is a handle of another supervisor")
@@ -76,7 +76,7 @@ class Watch:
 
     def remove(self, *handles: WorkerHandle) -> None:
         """Watch these no longer; those that are not watched are no error."""
-        self._client._channels.check_open()
+        self._check_open()
         for handle in handles:
             key = (handle.slot, handle.generation)
             with self._lock:
@@ -91,7 +91,7 @@ class Watch:
         Reads the descriptor empty.  A worker that is gone is reported a last time and no longer
         watched.  Raises SupervisorDiedError when there is nothing to tell and never will be.
         """
-        self._client._channels.check_open()  # in a forked child what comes is the parent's
+        self._check_open()  # in a forked child what comes is the parent's
         heard, said = self._client._channels.hear(self._latch)
         changed = []
         with self._lock:
@@ -111,6 +111,11 @@ class Watch:
                 self._client._view.note_death()
             raise SupervisorDiedError(f'the supervisor at "{self._client.address}" is dead')
         return changed
+
+    def _check_open(self) -> None:
+        self._client._channels.check_open()
+        if self._epoll.closed:
+            raise AttachError("this watch is closed", hint="Make another one: client.watch().")
 
     def _dead(self) -> bool:
         poll = select.poll()

@@ -360,7 +360,7 @@ def test_check_accepts_what_run_would_run(toml: Any) -> None:
     ("text", "problem"),
     [
         ("[supervisor", "not valid TOML"),
-        ("[supervisor]\nspares = 3\n", "spares must be 0"),
+        ("[supervisor]\nspares = -3\n", "spares: -3 is not between"),
         ('[[worker]]\nentry = "m:f"\nrestart = "5s"\n', 'did you mean "restart_time"?'),
         ('[[worker]]\nentry = "m"\n', "is not the name of a function"),
         (

@@ -383,9 +383,9 @@ class SlotTable(RuleBasedStateMachine):
     @invariant()
     def every_client_sees_the_same(self) -> None:
         codes = {"accepted": 1, "running": 2, "stopped": 3}
-        known = [(x, s.generation) for x, s in enumerate(self.slots) if s.known]
+        published = [(x, s.generation) for x, s in enumerate(self.slots) if s.published]
         for client in self.clients:
-            assert client.view.occupied() == known
+            assert client.view.occupied() == published
             for x, slot in enumerate(self.slots):
                 generation, state, ready, pid = client.view.status(x)
                 assert (generation, pid) == (slot.generation, slot.pid)
@@ -399,7 +399,7 @@ class SlotTable(RuleBasedStateMachine):
                     assert detail is not None
                     assert detail[0] == previous
                     assert detail[4]
-                assert (client.view.detail(x, slot.generation) is not None) == slot.known
+                assert (client.view.detail(x, slot.generation) is not None) == slot.published
 
     @rule(handle=handles)
     def ask(self, handle: Handle) -> None:

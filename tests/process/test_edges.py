@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from pgbgw import Flags, HandleStatus, Phase, Supervisor, attach
+from pgbgw import (
+    AttachError,
+    BackgroundWorker,
+    Flags,
+    HandleStatus,
+    InvalidWorkerError,
+    Phase,
+    Supervisor,
+    attach,
+)
 from pgbgw.client import Client
 from support import poll_until, workers
 from support.supervisors import lines, supervisor
@@ -153,3 +162,80 @@ flags = {wanted}
     )
     with Supervisor.from_toml(file) as client:
         poll_until(lambda: [w.name for w in client.workers() if w.ready] == ["idle-0", "idle-1"])
+
+
+def test_what_was_just_registered_is_found_at_once() -> None:
+    with supervisor(max_worker_processes=64) as client:
+        for number in range(50):
+            handle = client.register(workers.noop, name=f"number {number}")
+            found = client.find(name=f"number {number}")
+            assert found in (handle, None)
+            if found is None:  # only if it has run and ended meanwhile
+                assert handle.wait_until_gone(30).exitcode == 0
+        os.kill(client.supervisor_pid, signal.SIGSTOP)
+        try:
+            handle = client.register(workers.noop, name="early\x07", type="bird")
+            assert client.find(name="early\x07") == handle
+            assert [w.name for w in client.workers(type="bird")] == ["early?"]
+            assert handle.info().status is HandleStatus.NOT_YET_STARTED
+        finally:
+            os.kill(client.supervisor_pid, signal.SIGCONT)
+        assert handle.wait_until_gone(30).exitcode == 0
+
+
+def test_a_closed_watch_says_so_and_does_no_harm() -> None:
+    with supervisor() as client:
+        watch = client.watch(client.register(workers.noop))
+        watch.close()
+        for use in (watch.changes, watch.add, watch.remove):
+            with pytest.raises(AttachError, match="closed"):
+                use()
+        assert client.register(workers.noop).wait_until_gone(30).exitcode == 0
+
+
+def test_register_many_registers_nothing_if_one_of_them_can_never_run() -> None:
+    with supervisor() as client:
+        good = BackgroundWorker(entry=workers.sleep_until_stopped)
+        for bad in (BackgroundWorker(entry="bad"), "support.workers:noop", 5):
+            with pytest.raises((InvalidWorkerError, TypeError)):
+                client.register_many([good, bad])  # type: ignore[list-item]
+        assert client.workers() == []
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
+def test_a_starter_without_standard_descriptors_gets_a_supervisor_all_the_same(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    code = f"""
+import os
+for fd in {closed}:
+    os.close(fd)
+from pgbgw import Supervisor
+with Supervisor() as client:
+    handle = client.register("support.edge_workers:list_standard", {str(trace)!r})
+    outcome = handle.wait_until_gone(30)
+os._exit(outcome.exitcode)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environ(), stdin=subprocess.DEVNULL)
+    assert done.returncode == 0
+    targets = lines(trace)
+    assert all(targets[fd] == "/dev/null" for fd in closed)
+
+
+def test_a_supervisor_in_the_foreground_needs_no_stderr(runtime_dir: Path) -> None:
+    command = f"exec {sys.executable} -m pgbgw run --name quiet 2>&-"
+    with subprocess.Popen(["sh", "-c", command], env=environ()) as server:
+        poll_until((runtime_dir / "quiet.sock").exists)
+        with attach("quiet") as client:
+            client.stop("fast", timeout=30)
+        assert server.wait(30) == 0
+
+
+def test_more_stop_signals_than_one_do_not_spoil_the_exit_status(runtime_dir: Path) -> None:
+    command = [sys.executable, "-m", "pgbgw", "run", "--name", "stubborn"]
+    with subprocess.Popen(command, env=environ()) as server:
+        poll_until((runtime_dir / "stubborn.sock").exists)
+        while server.poll() is None:
+            server.send_signal(signal.SIGINT)
+        assert server.returncode == 0

@@ -325,8 +325,10 @@ def hello(sock: socket.socket, *, pid: int | None = None, nonce: int | None = No
     """Answer the challenge, rightly unless told otherwise; the type of what comes back."""
     message = unpack(sock_recv(sock))
     assert message is not None
+    if message[0] == Message.REFUSED:
+        return message[0]
     assert message[0] == Message.CHALLENGE
-    body = HELLO.pack(PROTOCOL, 1)
+    body = HELLO.pack(PROTOCOL, 0)
     sock.send(pack(Message.HELLO, pid or os.getpid(), nonce or message[2], body))
     answer = unpack(sock_recv(sock))
     return 0 if answer is None else answer[0]

@@ -21,15 +21,16 @@ from support.waiting import poll_until
 def paused(client: Client, *, idle: bool = False) -> Iterator[None]:
     """Keep the supervisor from noticing anything.
 
-    idle: stop it in its sleep.  When it goes on it notices deaths before registrations then; it may
-    be past that otherwise.
+    idle: stop it in its sleep, so that it goes on with the start of a pass: deaths are noticed
+    before registrations.  What it does while it is awake never makes it sleep.
     """
     pid = client.supervisor_pid
+    supervisor = psutil.Process(pid)
     if idle:
-        poll_until(lambda: client._view.sleeping)
+        poll_until(lambda: supervisor.status() == psutil.STATUS_SLEEPING)
     os.kill(pid, signal.SIGSTOP)
     try:
-        poll_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        poll_until(lambda: supervisor.status() == psutil.STATUS_STOPPED)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

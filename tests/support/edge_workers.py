@@ -28,3 +28,9 @@ def wait_once(trace: str) -> None:
     worker = current_worker()
     worker.wait(timeout=None)
     workers.append(trace)
+
+
+def list_standard(path: str) -> None:
+    """Write what descriptors 0 to 2 are."""
+    for fd in (0, 1, 2):
+        workers.append(path, os.readlink(f"/proc/self/fd/{fd}"))

@@ -172,7 +172,7 @@ def test_C1_C3_a_registration_is_published_by_one_word_and_marked_dirty(small: T
     assert (handle.epoch, handle.generation) == (small.epoch, 1)
     assert handle.status() is HandleStatus.NOT_YET_STARTED
     assert handle.pid is None
-    assert client.view.occupied() == []  # the supervisor has not seen it
+    assert client.view.occupied() == [(x, 1)]  # though the supervisor has not seen it
     assert small.view.free_slots == 8
 
 
@@ -669,7 +669,9 @@ def test_a_detail_tells_the_whole_story(small: Table) -> None:
             restart_time=2.5,
         )
     )
-    assert client.view.detail(handle.slot, 1) is None  # the supervisor has not said anything yet
+    early = client.view.detail(handle.slot, 1)  # its record, before the supervisor says anything
+    assert early is not None
+    assert early[11:13] == ("reports", "etl")
     small.settle()
     x = handle.slot
     told = client.view.detail(x, 1)
