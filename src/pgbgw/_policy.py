@@ -7,16 +7,13 @@ nanoseconds: even the longest interval (86 400 000 s) fits into 64 signed bits n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from pgbgw.worker import Phase, ShutdownMode, StartTime
 
 __all__ = [
     "ExitVerdict",
     "domain_may_start",
-    "entry_allowed",
     "failures_after",
     "judge_exit",
     "reset_delay",
@@ -65,16 +62,6 @@ def domain_may_start(winding_down: bool, recovery: Phase | None, start_time: Sta
     if recovery is None:
         return True
     return recovery != Phase.STARTUP and should_start_now(recovery, start_time)
-
-
-def entry_allowed(entry: str, allow: Iterable[str]) -> bool:
-    """Tell whether one of the patterns lets clients ask for `entry`, "module:function".
-
-    "mylib.*" takes all of mylib, its own functions and those of its modules; "mylib:*" its own
-    functions alone; a name without "*" itself.
-    """
-    dotted = entry.replace(":", ".")
-    return any(fnmatchcase(entry, pattern) or fnmatchcase(dotted, pattern) for pattern in allow)
 
 
 # --- how to stop ----------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from __future__ import annotations
 import socket
 import struct
 from array import array
+from collections.abc import Iterable
 from enum import IntEnum
+from fnmatch import fnmatchcase
 
 PROTOCOL = 1
 HEAD = struct.Struct("<IIQ")
@@ -80,3 +82,13 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
     return data, list(fds)
+
+
+def entry_allowed(entry: str, allow: Iterable[str]) -> bool:
+    """Tell whether one of the patterns lets clients ask for `entry`, "module:function".
+
+    "mylib.*" takes all of mylib, its own functions and those of its modules; "mylib:*" its own
+    functions alone; a name without "*" itself.
+    """
+    dotted = entry.replace(":", ".")
+    return any(fnmatchcase(entry, pattern) or fnmatchcase(dotted, pattern) for pattern in allow)

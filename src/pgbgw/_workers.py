@@ -23,7 +23,7 @@ from pgbgw._launch import Assignment, Child, Surroundings
 from pgbgw._log import RateLimit, describe
 from pgbgw._poller import Callback, Poller, Timer, Timers
 from pgbgw._slots import SupervisorView
-from pgbgw._wire import Message, pack
+from pgbgw._wire import Message, entry_allowed, pack
 from pgbgw.worker import OUTCOME_KINDS, Flags, Phase, StartTime
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class WorkerTable:
         if worker.notify:
             self.connections.subscribe_registrant(cid, slot)
         allow = self._allow
-        if cid and allow is not None and not _policy.entry_allowed(worker.entry, allow):
+        if cid and allow is not None and not entry_allowed(worker.entry, allow):
             reason = f'entry point "{worker.entry}" is not allowed'
             logger.warning("%s rejected: %s", worker, reason)
             self.forget(worker, REJECTED, error=reason.encode())

@@ -18,9 +18,8 @@ from pgbgw import _attachment, _runtime, _slots
 from pgbgw._attachment import Attachment
 from pgbgw._channels import Channels
 from pgbgw._log import clean
-from pgbgw._policy import entry_allowed
 from pgbgw._runtime import Address
-from pgbgw._wire import Message, pack
+from pgbgw._wire import Message, entry_allowed, pack
 from pgbgw.errors import (
     EntryNotAllowedError,
     NoFreeSlotError,

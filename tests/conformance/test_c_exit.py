@@ -292,8 +292,10 @@ def test_C09_only_what_is_shown_is_read_from_the_wall_clock() -> None:
         for node in ast.walk(ast.parse((source / name).read_text())):
             if isinstance(node, ast.BinOp | ast.Compare):
                 assert "time.time" not in ast.unparse(node)
-    for path in (*source.glob("_slots*.h"), *source.glob("*.pyx"), source / "_kernel.h"):
-        assert "CLOCK_REALTIME" not in path.read_text()
+    # In C only a client reads it, to say when a worker was registered that nobody has noticed yet.
+    for path in (*source.glob("*.h"), *source.glob("*.pyx")):
+        once = path.name == "_slots_client.h"
+        assert path.read_text().count("CLOCK_REALTIME") <= once
 
 
 # -- what an exit means ----------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from pgbgw import _policy
 from pgbgw._policy import (
     ExitVerdict,
     domain_may_start,
-    entry_allowed,
     failures_after,
     judge_exit,
     reset_delay,
@@ -471,22 +470,3 @@ def test_G10_a_worker_that_crashes_at_every_start_resets_the_domain_less_than_20
         if now >= 60 * SECOND:
             break
     assert resets < 20
-
-
-@pytest.mark.parametrize(
-    ("entry", "pattern", "allowed"),
-    [
-        ("mylib:f", "mylib.*", True),
-        ("mylib.jobs:f", "mylib.*", True),
-        ("mylib:f", "mylib:*", True),
-        ("mylib.jobs:f", "mylib:*", False),
-        ("mylib:f", "mylib:f", True),
-        ("mylib:g", "mylib:f", False),
-        ("mylibrary:f", "mylib.*", False),
-        ("os:system", "*", True),
-    ],
-)
-def test_a_pattern_allows_what_it_seems_to(entry: str, pattern: str, allowed: bool) -> None:
-    assert entry_allowed(entry, [pattern]) is allowed
-    assert entry_allowed(entry, ["other:*", pattern]) is allowed
-    assert not entry_allowed(entry, [])
