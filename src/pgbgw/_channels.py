@@ -41,7 +41,7 @@ class Channels:
         sock, supervisor = attachment.sock, attachment.supervisor
         self._address = address
         self._view = view
-        self._identity = attachment.identity
+        self._identity = (attachment.cid, attachment.identity)
         self._sock = sock
         self.supervisor = supervisor
         self.first = Latch(sock, supervisor)
@@ -175,7 +175,7 @@ class Channels:
     def connect(self, deadline: float) -> tuple[socket.socket, Latch]:
         """A further connection of this process; its client id is the same."""
         extra = _attachment.connect(self._address, deadline, first=False)
-        ours = extra.cid == self._view.cid and extra.identity == self._identity
+        ours = (extra.cid, extra.identity) == self._identity
         extra.close_segments()
         os.close(extra.supervisor)
         if not ours:  # another supervisor has taken the address
