@@ -13,7 +13,7 @@ import pytest
 from pgbgw import EntryNotAllowedError, Flags, HandleStatus, PgbgwError
 from support import observed_workers, poll_until, workers
 from support.control import paused
-from support.supervisors import lines, supervisor
+from support.supervisors import lines, noticed, supervisor
 
 NOT_YET, STARTED, STOPPED = (
     HandleStatus.NOT_YET_STARTED,
@@ -195,10 +195,10 @@ def test_D08_the_outcome_of_a_worker_that_never_ran_is_cancelled(tmp_path: Path)
         with paused(client):
             unnoticed = client.register(workers.append, str(trace))
             unnoticed.terminate()
-        noticed = client.register(workers.append, str(trace))
-        poll_until(lambda: len(client.workers()) == 1)
-        noticed.terminate()
-        for handle in (unnoticed, noticed):
+        waiting = client.register(workers.append, str(trace))
+        poll_until(lambda: (waiting.slot, waiting.generation) in noticed(client))
+        waiting.terminate()
+        for handle in (unnoticed, waiting):
             outcome = handle.wait_until_gone(30)
             assert (outcome.kind, outcome.exitcode, outcome.signal) == ("cancelled", None, None)
             assert (outcome.final, outcome.restarts) == (True, 0)

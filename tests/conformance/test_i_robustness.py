@@ -26,7 +26,7 @@ from support.control import Log, Startup, paused
 from support.processes import Script
 from support.rogues import Rogue
 from support.slot_tables import CLAIMED, FREE, NOW, all_free, record, table
-from support.supervisors import lines, supervisor
+from support.supervisors import lines, noticed, supervisor
 
 NOOP = "support.workers:noop"
 SLEEP = "support.workers:sleep_until_stopped"
@@ -407,11 +407,8 @@ def test_I06_without_memory_registrations_are_rejected_and_later_ones_run(
         startup.wait_for_run(1)
         large = "x" * 900
 
-        def known() -> set[tuple[int, int]]:
-            return {(w.slot, w.generation) for w in client.workers()}
-
         def decided(handles: list[WorkerHandle]) -> bool:
-            accepted = known()
+            accepted = noticed(client)
             return all(
                 (h.slot, h.generation) in accepted or h.status() is HandleStatus.STOPPED
                 for h in handles
@@ -441,7 +438,7 @@ def test_I06_without_memory_registrations_are_rejected_and_later_ones_run(
             "client.close()",
             address=client.address,
         ) as script:
-            assert script.hear() == len(known())
+            assert script.hear() == len(noticed(client))
 
         resource.prlimit(pid, resource.RLIMIT_AS, unlimited)
         late = [client.register(NOOP, large) for _ in range(20)]

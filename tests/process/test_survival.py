@@ -35,7 +35,7 @@ from support.control import Startup, paused
 from support.processes import Script, kill_supervisor
 from support.rogues import Rogue, raw_connection
 from support.slot_tables import FREE
-from support.supervisors import lines, supervisor
+from support.supervisors import lines, noticed, supervisor
 
 NOOP = "support.workers:noop"
 SLEEP = "support.workers:sleep_until_stopped"
@@ -580,7 +580,7 @@ def test_ten_thousand_registrations_are_accepted_and_cancelled_without_being_lau
         batch = [client.register(NOOP) for _ in range(10_000)]
         first.terminate()
         first.wait_until_gone(30)
-        poll_until(lambda: len(client._view.occupied()) == 10_000)
+        poll_until(lambda: len(noticed(client)) == 10_000)
         assert client.register(NOOP, start_time=StartTime.SUPERVISOR_START).wait_until_gone(30)
         for handle in batch:
             handle.terminate()

@@ -24,6 +24,12 @@ def supervisor(**settings: object) -> Iterator[Client]:
         client.close()
 
 
+def noticed(client: Client) -> set[tuple[int, int]]:
+    """The registrations that the supervisor has taken over; clients see all that there are."""
+    view = client._view
+    return {place for place in view.occupied() if view.status(place[0])[1]}
+
+
 def lines(path: str | Path) -> list[str]:
     """The lines that workers have left in a file so far."""
     file = Path(path)
