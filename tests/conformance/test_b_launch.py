@@ -375,7 +375,7 @@ def test_B11_an_entry_that_is_not_there_exits_1_and_is_named(
         outcome = handle.outcome
         assert outcome is not None
         assert outcome.error is not None
-        for where in (outcome.error, log.wait_for("could not find")):
+        for where in (outcome.error, log.wait_for("Error: could not find")):
             assert module in where
             assert function in where
         again = client.register(entry, restart_time=0)
