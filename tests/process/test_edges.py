@@ -88,10 +88,13 @@ def test_a_process_that_only_connects_takes_no_descriptors_from_workers(runtime_
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_failed_worker_that_joins_its_threads_can_still_be_stopped() -> None:
+def test_a_failed_worker_that_joins_its_threads_can_still_be_stopped(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
     with supervisor() as client:
-        handle = client.register("support.edge_workers:fail_beside_a_thread", restart_time=0)
-        handle.wait_for_ready(30)
+        handle = client.register(
+            "support.edge_workers:fail_beside_a_thread", str(trace), restart_time=0
+        )
+        poll_until(lambda: lines(trace))
         handle.terminate()
         assert handle.wait_until_gone(30).exitcode == 1
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from pgbgw import StartTime, current_worker
 from support import workers
 
 
-def fail_beside_a_thread() -> None:
-    threading.Thread(target=threading.Event().wait).start()  # it never ends
-    current_worker().ready()
+def fail_beside_a_thread(trace: str) -> None:
+    """Fail; a thread that never ends leaves a trace once the main thread waits for it."""
+
+    def linger() -> None:
+        while threading.main_thread().is_alive():  # not any more, to Python, when it joins others
+            time.sleep(0.001)
+        workers.append(trace)
+        threading.Event().wait()
+
+    threading.Thread(target=linger).start()
     raise ValueError("the thread goes on")
 
 
