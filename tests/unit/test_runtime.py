@@ -415,7 +415,9 @@ def survivor(supervisor: str = ORPHANING_SUPERVISOR) -> Iterator[int]:
     """A worker whose supervisor is gone; yields its pid."""
     with child('print("ready", flush=True)\n' + textwrap.dedent(supervisor)) as process:
         assert process.stdout is not None
-        yield int(process.stdout.readline())
+        pid = int(process.stdout.readline())
+        process.wait()  # it has said so before it is gone, and its lock with it
+        yield pid
 
 
 def test_surviving_workers_of_an_earlier_supervisor_are_named_and_do_not_prevent_a_start(
