@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard src/pgbgw/*.pyx src/pgbgw/*.pxd src/pgbgw/*.h)
 
-.PHONY: build lint format type test soak test-all check demo dist clean
+.PHONY: build lint format type test model fault soak programs test-all check demo dist clean
 # Builds for different interpreters share the generated C.
 .NOTPARALLEL:
 
@@ -31,9 +31,21 @@ type: build
 test: build
 	$(BIN)/python -m pytest $(ARGS)
 
-# The long forms: minutes.
-soak: build
-	$(BIN)/python -m pytest -m slow $(ARGS)
+# What a process can do to the others, tried: ten minutes on two cores, a table at the end.
+fault: build programs
+	$(BIN)/python -m pytest --form=fault -n 2 --dist=loadgroup tests/fault $(ARGS)
+
+# The same and the other long tests, in their long forms: hours.
+soak: build programs
+	$(BIN)/python -m pytest --form=soak -n 2 --dist=loadgroup $(ARGS)
+
+# The model of the slot protocol, its seeded bugs, the memory orders.
+model: programs
+	python3 tests/model/check.py
+
+# What the long tests need and pip cannot install.
+programs:
+	tools/need-programs spin valgrind strace
 
 test-all: test-3.11 test-3.12 test-3.13
 

@@ -1,9 +1,8 @@
 """Builds the extensions, one of each src/pgbgw/*.pyx; everything else is in pyproject.toml.
 
 Switches, by environment: PGBGW_SANITIZE=1 (address and undefined behaviour), PGBGW_COVERAGE=1
-(lines of the .pyx, for Cython.Coverage), PGBGW_INJECT=1 (the injection points of the fault
-tests).  Keep such builds away from the ordinary one: give them a --build-base and a --build-lib
-of their own.
+(lines of the .pyx, for Cython.Coverage).  Keep such builds away from the ordinary one: give them
+a --build-base and a --build-lib of their own.
 """
 
 import os
@@ -31,8 +30,6 @@ def extensions() -> list[Extension]:
         compile_args += ["-fno-omit-frame-pointer"]
     if switch("COVERAGE"):
         macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
-    if switch("INJECT"):
-        macros += [("PGBGW_INJECT", "1")]
     options = {
         "depends": glob("src/pgbgw/*.h"),
         "extra_compile_args": compile_args,

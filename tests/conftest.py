@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["fix_leaks"]
+pytest_plugins = ["fix_leaks", "fix_trials"]

@@ -399,7 +399,7 @@ def test_E11_no_notification_of_a_real_worker_is_lost() -> None:
             assert handle.wait_for_shutdown(10) is STOPPED
 
 
-@pytest.mark.slow
+@pytest.mark.at_least("soak")
 @pytest.mark.timeout_s(1200)
 def test_E11_no_notification_is_lost_in_100000_cycles() -> None:
     with (

@@ -657,7 +657,7 @@ def test_hundreds_of_workers_leave_nothing_behind() -> None:
     assert_nothing_grows(100, 400)
 
 
-@pytest.mark.slow
+@pytest.mark.at_least("soak")
 @pytest.mark.timeout_s(900)
 def test_ten_thousand_workers_leave_nothing_behind() -> None:
     assert_nothing_grows(2000, 8000)
