@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pgbgw import (
@@ -32,6 +31,7 @@ from pgbgw._wire import GRACE, HEAD, HELLO, PROTOCOL, Message, pack, unpack
 from pgbgw.worker import MAX_RESTART_TIME
 from support import poll_until
 from support.control import Startup, paused
+from support.health import Health, states
 from support.processes import Script, kill_supervisor
 from support.rogues import Rogue, raw_connection
 from support.slot_tables import FREE
@@ -43,35 +43,8 @@ AGAIN = "support.workers:append_and_exit"
 SEGFAULT = "support.robustness_workers:segfault"
 
 
-class Health:
-    """What a supervisor holds: descriptors, children, memory."""
-
-    def __init__(self, client: Client) -> None:
-        self.process = psutil.Process(client.supervisor_pid)
-
-    @property
-    def descriptors(self) -> int:
-        return self.process.num_fds()
-
-    @property
-    def children(self) -> int:
-        """The log's relay is one."""
-        return len(self.process.children())
-
-    @property
-    def memory(self) -> int:
-        """Bytes that are its alone, so that what it shares with workers does not count."""
-        return self.process.memory_full_info().uss
-
-
 def assert_works(client: Client) -> None:
     assert client.register(NOOP).wait_until_gone(30).exitcode == 0
-
-
-def states(client: Client) -> set[int]:
-    """Of all slots and tokens."""
-    with Rogue.of(client) as observer:
-        return set(observer.states())
 
 
 # --- clients that are killed --------------------------------------------------------------------
@@ -622,45 +595,6 @@ def test_an_interval_of_a_thousand_days_is_slept_through_with_nobody_attached() 
             client.stop("fast", timeout=30)
         client.close()
         owned.wait(30)
-
-
-def soak(client: Client, cycles: int) -> None:
-    """Register and stop, in the ways there are, four at a time."""
-    for n in range(0, cycles, 4):
-        started = client.register(SLEEP, flags=Flags.CLASS_PARALLEL)
-        cancelled = client.register(SLEEP)
-        cancelled.terminate()
-        member = client.register(NOOP, flags=Flags.SHMEM_ACCESS)
-        large = client.register(NOOP, "x" * 800, name=f"worker {n}")
-        started.wait_for_startup(30)
-        started.terminate()
-        for worker in (started, cancelled, member, large):
-            assert worker.wait_until_gone(30).final
-
-
-def assert_nothing_grows(first: int, then: int) -> None:
-    with supervisor(max_worker_processes=16, max_parallel_workers=2) as client:
-        health = Health(client)
-        soak(client, first)
-        descriptors, memory = health.descriptors, health.memory
-        soak(client, then)
-        assert health.children == 1
-        assert health.descriptors == descriptors
-        # Less than 64 bytes a cycle, but not less than an arena of Python's allocator.
-        print(f"{health.memory - memory} bytes more after {then} cycles")
-        assert health.memory - memory < max(1 << 20, 64 * then)
-        assert client.workers() == []
-        poll_until(lambda: states(client) == {FREE})
-
-
-def test_hundreds_of_workers_leave_nothing_behind() -> None:
-    assert_nothing_grows(100, 400)
-
-
-@pytest.mark.at_least("soak")
-@pytest.mark.timeout_s(900)
-def test_ten_thousand_workers_leave_nothing_behind() -> None:
-    assert_nothing_grows(2000, 8000)
 
 
 @pytest.mark.leaves_sockets
