@@ -245,10 +245,10 @@ class Channels:
 
     # --- the end ----------------------------------------------------------------------------
 
-    def send(self, message: bytes, deadline: float | None = None) -> None:
-        """Send a request, waiting for room; a dead supervisor is no error here."""
+    def send(self, message: bytes, deadline: float | None = None) -> bool:
+        """Send a request, waiting for room; a dead supervisor is no error here.  Was it sent?"""
         self.check_open()
-        self.first.send(message, deadline)
+        return self.first.send(message, deadline)
 
     def check_open(self) -> None:
         """AttachError if the client is closed, WrongProcessError in a forked child."""

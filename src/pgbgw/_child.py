@@ -562,7 +562,7 @@ def _set_title(name: str, activity: str) -> None:
     """The thread's name (15 bytes) always, the process title where setproctitle is installed."""
     _kernel.set_thread_name(name.encode("ascii", "replace")[:15])
     if _setproctitle is not None:
-        title = f"pgbgw: {name}" + (f" ({activity})" if activity else "")
+        title = f"pgbgw: {name}" + (f" ({_log.clean(activity)})" if activity else "")
         _setproctitle(title.encode("ascii", "replace").decode())
 
 

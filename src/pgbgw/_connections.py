@@ -265,12 +265,15 @@ class Connections:
         A first connection makes a new client even where the process has one: that one has detached,
         and we have not come to read it.
         """
-        if _is_dead(connection.pidfd):
-            return "its process is dead"
         known = self._processes.get(connection.pid)
-        if known is not None and _is_dead(known.pidfd):
-            self._process_gone(known)  # the number is another process's by now
-            known = None
+        try:
+            if _is_dead(connection.pidfd):
+                return "its process is dead"
+            if known is not None and _is_dead(known.pidfd):
+                self._process_gone(known)  # the number is another process's by now
+                known = None
+        except OSError as exc:  # no memory to ask
+            return str(exc)
         if known is None or first:
             is_worker = self._requests.is_worker(connection.pid)
             if known is None and not self._accepting and not is_worker:
@@ -399,7 +402,7 @@ class Connections:
     def _complain(self, message: str, *args: object) -> None:
         """Log what a client did wrong, at a bounded rate."""
         if self._noise.allow(time.monotonic()):
-            logger.warning(message, *args)
+            logger.warning("%s%s", message % args, self._noise.more)
 
     # --- telling ----------------------------------------------------------------------------
 
@@ -487,10 +490,10 @@ class Connections:
     def _writable(self, connection: Connection) -> None:
         try:
             connection.sock.send(pack(Message.OVERFLOW), _NONBLOCKING)
-        except BlockingIOError:
+        except (BrokenPipeError, ConnectionError):
+            pass  # broken: reading it will say so
+        except OSError:  # no room, or no memory, still: the client must not miss it
             return
-        except OSError:
-            pass
         connection.overflowed = False
         if connection.fd in self._connections:
             self._poller.want_write(connection.fd, False)

@@ -60,6 +60,7 @@ class CrashDomain:
         self._resets = 0  # in a row
         self._settled = 0  # when the last reset was over
         self.stopping = False
+        self.unhealed = False  # a crash was not followed by a reset, since we are stopping
         self.immediate_stop = False  # all have got SIGQUIT: that they exit with 2 is no news
 
     def _new_memory(self) -> int:
@@ -119,7 +120,7 @@ class CrashDomain:
         if child is None:
             return
         self._table.read(child, LAST_WORDS)
-        status = child.reap()
+        status = child.reap(self._table.stragglers(None))
         if status is None:
             return
         exitcode, signum = status
@@ -162,6 +163,7 @@ class CrashDomain:
             self._kill.cancel()
             self._kill = None
         if self.stopping:
+            self.unhealed = True
             return
         if not self._restart_after_crash:
             self._give_up("shutting down because restart_after_crash is off")

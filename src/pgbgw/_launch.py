@@ -15,14 +15,16 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 from pgbgw import _kernel
+from pgbgw._cgroup import WorkerCgroup
 from pgbgw._wire import HEAD, MAX_MESSAGE, MAX_READS, Message, pack
 
-# Everything that asks a process to stop, to reload or to look.
+# Everything that asks a process to stop, to reload or to look.  SIGALRM asks a supervisor nothing,
+# but would end it.
 BLOCKED_SIGNALS = frozenset(
     {
         signal.SIGTERM,
@@ -31,6 +33,7 @@ BLOCKED_SIGNALS = frozenset(
         signal.SIGHUP,
         signal.SIGUSR1,
         signal.SIGUSR2,
+        signal.SIGALRM,
     }
 )
 
@@ -95,12 +98,17 @@ class Assignment:
 class Child:
     """A process we launched and have not reaped.  Until then its pid cannot be anybody else's."""
 
-    __slots__ = ("attached", "channel", "clean", "error", "hung_up", "pid", "pidfd", "started")
+    __slots__ = (
+        *("attached", "cgroup", "channel", "clean", "error", "hung_up", "pid", "pidfd", "started"),
+    )
 
-    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, channel: socket.socket, cgroup: WorkerCgroup | None
+    ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
+        self.cgroup = cgroup
         self.started = time.monotonic_ns()
         self.attached = False  # the dead-man switch: see Message.ATTACHED, CLEAN
         self.clean = False
@@ -108,14 +116,20 @@ class Child:
         self.hung_up = False  # nothing more will come on the channel
 
     def signal(self, signum: int) -> None:
-        """Signal the process alone; nothing happens if it has just died."""
+        """Signal the process alone; nothing happens if it has just died, or is another user's by
+        now: it may have become a setuid program."""
         try:
             signal.pidfd_send_signal(self.pidfd, signum)
-        except ProcessLookupError:
+        except OSError:
             pass
 
     def signal_group(self, signum: int) -> None:
-        """Signal the process and its group once; the process alone if it has no group yet."""
+        """Signal the process and its group once; the process alone if it has no group yet.
+
+        SIGKILL goes to its whole cgroup, if it has one.
+        """
+        if signum == signal.SIGKILL and self.cgroup is not None:
+            self.cgroup.kill()
         try:
             os.killpg(self.pid, signum)
         except (ProcessLookupError, PermissionError):
@@ -147,22 +161,33 @@ class Child:
             found.append((type, body))
         return found
 
-    def reap(self) -> tuple[int | None, int | None] | None:
+    def reap(self, stragglers: int = 0) -> tuple[int | None, int | None] | None:
         """(exit code, signal) of the process; None if it lives, (None, None) if the kernel does
-        not know how it ended."""
+        not know how it ended.
+
+        stragglers: a signal for those of its group that it has left behind.  A group has its
+        leader's number, which is nobody else's until the leader is reaped: so look whether it is
+        dead, signal, and reap only then.  Afterwards no group is ever signalled.
+        """
         try:
-            status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+            status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if status is None:
+                return None
+            if stragglers:
+                self.signal_group(stragglers)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             return None, None
-        if status is None:
-            return None
         if status.si_code == os.CLD_EXITED:
             return status.si_status, None
         return None, status.si_status
 
     def close(self) -> None:
+        """Forget it; it is reaped.  What is left of its cgroup goes with it."""
         os.close(self.pidfd)
         self.channel.close()
+        if self.cgroup is not None:
+            self.cgroup.remove()
 
     def abandon(self) -> None:
         """Kill and reap a process that was just launched: we cannot look after it."""
@@ -171,18 +196,40 @@ class Child:
         self.close()
 
 
+def signal_groups_but_leaders(leaders: Collection[int], signum: int) -> None:
+    """Signal what belongs to the process groups of these processes, but not them.
+
+    They are not reaped.  A member is found by its number and signalled by a pidfd: if the number
+    was in the group after the pidfd was opened, it is that process, or nobody is signalled.
+    """
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        try:
+            if pid in leaders or os.getpgid(pid) not in leaders:
+                continue
+            pidfd = os.pidfd_open(pid)
+            try:
+                if os.getpgid(pid) in leaders:
+                    signal.pidfd_send_signal(pidfd, signum)
+            finally:
+                os.close(pidfd)
+        except OSError:  # gone, or of another user by now
+            pass
+
+
 # What runs in a forked worker: it is given its end of the channel and never returns.
 Body = Callable[[socket.socket], NoReturn]
 
 
-def fork(surroundings: Surroundings, memory: int, body: Body) -> Child:
-    """Fork a process that runs body.  OSError if there is no room for one."""
+def fork(
+    surroundings: Surroundings, memory: int, body: Body, cgroup: WorkerCgroup | None = None
+) -> Child:
+    """Fork a process that runs body, in a cgroup.  OSError if there is no room for one."""
     ours, theirs = _channel()
     try:
         pid = os.fork()
         if pid == 0:
-            _run_child(surroundings, memory, theirs, body)
-        return _adopt(pid, ours)
+            _run_child(surroundings, memory, theirs, body, cgroup)
+        return _adopt(pid, ours, cgroup)
     except BaseException:
         ours.close()
         raise
@@ -191,7 +238,11 @@ def fork(surroundings: Surroundings, memory: int, body: Body) -> Child:
 
 
 def spawn(
-    surroundings: Surroundings, assignment: Assignment, record: bytes, function: str
+    surroundings: Surroundings,
+    assignment: Assignment,
+    record: bytes,
+    function: str,
+    cgroup: WorkerCgroup | None = None,
 ) -> Child:
     """Start a fresh interpreter that runs pgbgw._child.<function>: PostgreSQL's EXEC_BACKEND.
 
@@ -210,7 +261,7 @@ def spawn(
         os.chdir(surroundings.directory)
         os.execve(command[0], command, surroundings.environ)
 
-    child = fork(surroundings, assignment.memory, body)
+    child = fork(surroundings, assignment.memory, body, cgroup)
     told = {
         "assignment": asdict(assignment),
         # The environment went by exec; it may be larger than a message.
@@ -234,9 +285,9 @@ def _channel() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _adopt(pid: int, channel: socket.socket) -> Child:
+def _adopt(pid: int, channel: socket.socket, cgroup: WorkerCgroup | None) -> Child:
     try:
-        return Child(pid, os.pidfd_open(pid), channel)
+        return Child(pid, os.pidfd_open(pid), channel, cgroup)
     except OSError:
         # Out of descriptors: as if the fork had failed.  The pid is still ours to kill and reap.
         os.kill(pid, signal.SIGKILL)
@@ -245,14 +296,20 @@ def _adopt(pid: int, channel: socket.socket) -> Child:
 
 
 def _run_child(
-    surroundings: Surroundings, memory: int, channel: socket.socket, body: Body
+    surroundings: Surroundings,
+    memory: int,
+    channel: socket.socket,
+    body: Body,
+    cgroup: WorkerCgroup | None,
 ) -> NoReturn:
     """The first instructions of every process we launch.  Nothing may get out of here."""
     try:
         _kernel.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != surroundings.supervisor:
             os._exit(1)
-        os.setsid()
+        os.setsid()  # and a process group, which it can never leave
+        if cgroup is not None:
+            cgroup.enter()
         signal.set_wakeup_fd(-1)
         for fd in surroundings.own_descriptors:
             os.close(fd)

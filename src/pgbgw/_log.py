@@ -104,9 +104,10 @@ class RateLimit:
     """Lets `burst` lines pass at once and `per_second` in the long run.
 
         if limit.allow(now):
-            log.warning("...; %d more like this", limit.suppressed)
+            log.warning("...%s", limit.more)
 
-    After a call that returned True, `suppressed` says how many were refused since the one before.
+    After a call that returned True, `suppressed` says how many were refused since the one before,
+    and `more` says so in words.
     """
 
     def __init__(self, per_second: float, burst: int) -> None:
@@ -116,6 +117,11 @@ class RateLimit:
         self._refused = 0
         self._credit = float(burst)
         self._last: float | None = None
+
+    @property
+    def more(self) -> str:
+        """To add to the line that was allowed: nothing, or how many are missing before it."""
+        return f" ({self.suppressed} more before, not shown)" if self.suppressed else ""
 
     def allow(self, now: float) -> bool:
         """Tell whether one more line may be written; `now` is a monotonic time in seconds."""

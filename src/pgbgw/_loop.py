@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pgbgw import _kernel, _policy, _slots
 from pgbgw._connections import ClientProcess, Connections
 from pgbgw._domain import KILL_AFTER_NS, CrashDomain
+from pgbgw._launch import signal_groups_but_leaders
 from pgbgw._log import RateLimit
 from pgbgw._poller import Poller, Timer, Timers
 from pgbgw._slots import SupervisorView
@@ -88,13 +89,16 @@ class Loop:
 
     def run(self) -> int:
         """Serve until stopped; the exit status."""
+        self._poller.woke = time.monotonic_ns()
         while not self._finished():
             idle = (
                 not self._view.sweep_due
                 and not self._table.has_work(self.phase)
                 and self._view.prepare_sleep()
             )
-            self._poller.wait(self._sleep_time() if idle else 0)
+            timeout = self._sleep_time() if idle else 0
+            self._view.note_pass(time.monotonic_ns() - self._poller.woke)
+            self._poller.wait(timeout)
             self._view.awake()
             self._timers.run(time.monotonic_ns())
             self._act(self._view.drain(time.time_ns()))
@@ -108,6 +112,9 @@ class Loop:
             ):
                 logger.info("the last client is gone")
                 self.stop(ShutdownMode.FAST, None)
+        if self.domain.unhealed and not self._exit_status:
+            logger.info("abnormal shutdown: a worker with shared memory access had crashed")
+            self._exit_status = 1
         return self._exit_status
 
     def _sleep_time(self) -> int | None:
@@ -133,13 +140,17 @@ class Loop:
             elif action == _slots.EVENT_REJECTED:
                 if self._rejection_noise.allow(time.monotonic()):
                     logger.warning(
-                        "registration in slot %d/%d rejected: %s", slot, generation, reason
+                        "registration in slot %d/%d rejected: %s%s",
+                        *(slot, generation, reason, self._rejection_noise.more),
                     )
                 outcome = (REJECTED, 0, 0, 0, time.time_ns())
                 self.connections.tell_registrant(cid, slot, generation, outcome)
             elif action == _slots.EVENT_REPAIRED:
                 if self._repair_noise.allow(time.monotonic()):
-                    logger.warning("slot %d/%d was damaged and is repaired", slot, generation)
+                    logger.warning(
+                        "slot %d/%d was damaged and is repaired%s",
+                        *(slot, generation, self._repair_noise.more),
+                    )
                 if not self._view.in_use(slot, generation):
                     lost = (LOST, 0, 0, 0, time.time_ns())
                     self.connections.notify_final(slot, generation, lost)
@@ -216,17 +227,25 @@ class Loop:
                 worker.terminated = True
                 self._table.kill_after(worker, worker.stop_timeout_ns)
         else:
-            self.domain.immediate_stop = True
+            self._table.immediate = self.domain.immediate_stop = True
             self._signal_children(signal.SIGQUIT)
             self._kill = self._timers.after(
                 KILL_AFTER_NS, lambda: self._signal_children(signal.SIGKILL)
             )
 
     def _signal_children(self, signum: int) -> None:
-        """To each worker and its process group; SIGTERM only to those that had none yet."""
+        """To each worker and its process group; but SIGTERM only to those that had none yet: to
+        the group alone of a worker that was terminated before."""
+        asked = set()
         for worker in self._table.running():
-            if worker.child is not None and not (signum == signal.SIGTERM and worker.terminated):
+            if worker.child is None:
+                continue
+            if signum == signal.SIGTERM and worker.terminated:
+                asked.add(worker.child.pid)
+            else:
                 worker.child.signal_group(signum)
+        if asked:
+            signal_groups_but_leaders(asked, signum)
         if self.domain.startup_child is not None:
             self.domain.startup_child.signal_group(signum)
 

@@ -24,6 +24,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, tuple[Callback, Callback | None]] = {}
+        self.woke = 0  # when the latest wait was over
 
     def add(self, fd: int, readable: Callback, writable: Callback | None = None) -> None:
         """Watch fd for reading; `writable` is called only while want_write() asks for it."""
@@ -44,7 +45,9 @@ class Poller:
             # Rounded up: a timer must not be met by a pass just before its time.  At most a day:
             # epoll takes no more than 24, and to wake up too early is harmless.
             timeout = max(0, -(-min(timeout_ns, _DAY_NS) // 1_000_000)) / 1000
-        batch = [(fd, events, self._callbacks.get(fd)) for fd, events in self._epoll.poll(timeout)]
+        ready = self._epoll.poll(timeout)
+        self.woke = time.monotonic_ns()
+        batch = [(fd, events, self._callbacks.get(fd)) for fd, events in ready]
         for fd, events, callbacks in batch:
             if callbacks is None:
                 continue

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 from pgbgw import _kernel, _log, _runtime, _slots
+from pgbgw._cgroup import SupervisorCgroup
 from pgbgw._connections import Connections
 from pgbgw._domain import CrashDomain
 from pgbgw._launch import BLOCKED_SIGNALS, Surroundings, fill_standard_descriptors
@@ -61,6 +62,7 @@ class Settings:
     shared_memory: int
     restart_after_crash: bool
     post_auth_delay: float
+    cgroup: str | None = None
     log_level: int = logging.INFO
     static: list[bytes] = field(default_factory=list)  # record images
     notices: list[str] = field(default_factory=list)  # to be logged at the start
@@ -149,6 +151,10 @@ def serve(
         address = _runtime.resolve(settings.address)
         dirfd = _runtime.open_directory(address, create=True)
         stack.callback(os.close, dirfd)
+        # Before the locks are waited for: survivors in a dead supervisor's cgroup need no patience.
+        cgroup = SupervisorCgroup.make(settings.cgroup) if settings.cgroup else None
+        if cgroup is not None:
+            stack.callback(cgroup.close)
         locks = _runtime.Locks.take(address, dirfd)
         stack.callback(locks.close)
         if locks.warning:
@@ -182,13 +188,14 @@ def serve(
                 locks.supervisor_fd,
                 *plugs,
                 *([] if owner is None else [owner]),
+                *([] if cgroup is None else cgroup.descriptors),
                 *own,
             ),
             first_descriptor=_highest_descriptor() + 1,
             log_level=settings.log_level,
             delay=settings.post_auth_delay,
         )
-        loop = _build(settings, surroundings, stack)
+        loop = _build(settings, surroundings, cgroup, stack)
         loop.on_stop = stops
         listener = _runtime.listen(address, dirfd)
         stack.callback(_runtime.unlink_socket, address, dirfd)
@@ -301,7 +308,12 @@ def _plug_holes() -> list[int]:
     return plugs
 
 
-def _build(settings: Settings, surroundings: Surroundings, stack: ExitStack) -> Loop:
+def _build(
+    settings: Settings,
+    surroundings: Surroundings,
+    cgroup: SupervisorCgroup | None,
+    stack: ExitStack,
+) -> Loop:
     """The segments, and everything that works on them."""
     nslots, ntokens = settings.max_worker_processes, settings.max_parallel_workers
     try:
@@ -326,6 +338,7 @@ def _build(settings: Settings, surroundings: Surroundings, stack: ExitStack) -> 
     stack.callback(poller.close)
     timers = Timers()
     table = WorkerTable(view, poller, timers, surroundings, settings.start_method, settings.allow)
+    table.cgroup = cgroup
     loop = Loop(view, poller, timers, table)
     own_pidfd = os.pidfd_open(os.getpid())
     stack.callback(os.close, own_pidfd)

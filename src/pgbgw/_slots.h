@@ -19,7 +19,7 @@
  *   CLAIMED   the claiming client alone: its record, then the word by C3.  The supervisor takes a
  *             claim away only once the claimer's pidfd was readable: its last store has landed.
  *   READY     any client may set TERM (C5).  The supervisor reads the record once, frees by S7.
- *   st, detail, free_seq, nfree, sleep: the supervisor alone.
+ *   st, detail, free_seq, nfree, sleep, pauses: the supervisor alone.
  *
  * Invariants
  *   I1  A client changes req by single compare-and-swaps, the supervisor by single exchanges: no
@@ -184,9 +184,18 @@ typedef struct {
 _Static_assert(sizeof(detail_t) == 1024, "details are 1024 bytes");
 #define DETAIL_WORDS (sizeof(detail_t) / 8 - 1)         /* without seq */
 
-typedef struct { alignas(64) word_t st; } status_t;
-typedef struct { alignas(64) word_t req; } control_t;   /* a cache line each: no false sharing */
+/* A cache line each: no false sharing. */
+typedef struct {
+    alignas(64) word_t st;
+    word_t   refused;           /* the last generation rejected without a page for its detail */
+} status_t;
+typedef struct { alignas(64) word_t req; } control_t;
 _Static_assert(sizeof(status_t) == 64 && sizeof(control_t) == 64, "one line each");
+
+/* How long the supervisor's loop could not answer: its passes, from a wait's end to the next wait,
+ * counted by their length.  pauses[0] counts those under 1 us, pauses[i] those under 2^i us and
+ * not under half of that, the last all that are longer. */
+#define PAUSES 24
 
 typedef struct {
     uint64_t magic;
@@ -201,6 +210,8 @@ typedef struct {
     word_t   nfree;                             /* slots that are ST_NONE; raised inside free_seq */
     alignas(64) word_t sleep;                   /* a counter: odd = the supervisor sleeps (I8) */
     alignas(64) word_t phase;                   /* Phase | ShutdownMode << 8 */
+    alignas(64) word_t longest_pause;           /* ns of the loop's longest pass: see PAUSES */
+    word_t   pauses[PAUSES];
 } outbox_t;
 _Static_assert(sizeof(outbox_t) <= PAGE, "the header has a page");
 
@@ -259,9 +270,10 @@ layout_hash(void)
         offsetof(record_t, extra), offsetof(record_t, payload),
         offsetof(detail_t, kind), offsetof(detail_t, restart_ns), offsetof(detail_t, name),
         offsetof(detail_t, activity), offsetof(detail_t, error),
+        offsetof(status_t, refused),
         offsetof(outbox_t, epoch), offsetof(outbox_t, features), offsetof(outbox_t, checksum),
         offsetof(outbox_t, free_seq), offsetof(outbox_t, nfree), offsetof(outbox_t, sleep),
-        offsetof(outbox_t, phase),
+        offsetof(outbox_t, phase), offsetof(outbox_t, longest_pause), PAUSES,
     };
     return fnv1a(FNV1A_START, facts, sizeof(facts));
 }

@@ -15,6 +15,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport strlen
 
 import os
+from time import time_ns
 
 from pgbgw.errors import AttachError, WrongProcessError
 from pgbgw.worker import HandleStatus
@@ -28,15 +29,19 @@ cdef extern from "_slots.h" nogil:
         pass
     ctypedef struct outbox_t:
         uint32_t supervisor_pid
-        word_t sleep, phase, nfree, free_seq
+        word_t sleep, phase, nfree, free_seq, longest_pause
+        word_t *pauses
     ctypedef struct geometry_t:
         uint32_t nslots, ntokens
         uint64_t outbox_size, inbox_size, at_status, at_detail, at_tokens, at_controls
         uint64_t at_dirty, at_hints, at_records
+    ctypedef struct status_t:
+        word_t refused
     ctypedef struct map_t:
         outbox_t *outbox
         geometry_t g
         uint64_t epoch
+        status_t *status
     ctypedef struct detail_t:
         uint64_t generation
         uint32_t kind, restarts, final, flags, start_time
@@ -55,11 +60,11 @@ cdef extern from "_slots.h" nogil:
         char *type
         char *entry
     enum:
-        MAX_SLOTS, MAX_TOKENS, CIDS, DRAIN_MAX, SLICE_MAX
+        MAX_SLOTS, MAX_TOKENS, CIDS, DRAIN_MAX, SLICE_MAX, PAUSES
         ST_NONE, ST_ACCEPTED, ST_RUNNING, ST_STOPPED, ST_RETIRED
         REG_OK, REG_NO_SLOT, REG_LIMIT, REG_NO_MEMORY, REG_AGAIN
         NOTHING, ACCEPTED, TERMINATED, REJECTED, CANCELLED, RECLAIMED, REPAIRED
-        KIND_NONE, RECORD_PAYLOAD "sizeof(record_t)"
+        KIND_NONE, KIND_REJECTED, RECORD_PAYLOAD "sizeof(record_t)"
     uint64_t GENERATION_MAX
     geometry_t geometry_of(uint32_t, uint32_t)
     uint64_t load_relaxed(word_t *)
@@ -119,6 +124,7 @@ cdef extern from "_slots.h" nogil:
     void supervisor_request_sweep(supervisor_t *)
     bint supervisor_prepare_sleep(supervisor_t *)
     void supervisor_awake(supervisor_t *)
+    void supervisor_note_pass(supervisor_t *, uint64_t)
     unsigned supervisor_cid_new(supervisor_t *)
     void supervisor_cid_gone(supervisor_t *, unsigned)
     void supervisor_note_start(supervisor_t *, uint32_t, int64_t)
@@ -254,6 +260,15 @@ cdef class ClientView:
         """True while the supervisor waits for something to do."""
         return load_relaxed(&self._open().m.outbox.sleep) & 1
 
+    @property
+    def pauses(self):
+        """How long the supervisor's loop could not answer, since its start: the longest pass in ns,
+        and how many passes took less than 1, 2, 4, 8 ... us, each counted once."""
+        cdef client_t *c = self._open()
+
+        return (load_relaxed(&c.m.outbox.longest_pause),
+                [load_relaxed(&c.m.outbox.pauses[i]) for i in range(PAUSES)])
+
     def supervisor_gone(self):
         """True once the supervisor is dead; asks the kernel at most once a clock tick."""
         return client_supervisor_gone(self._open())
@@ -343,7 +358,10 @@ cdef class ClientView:
             return None
         if (not map_read_detail(&c.m, slot, generation, &d)
                 and not client_read_pending(c, slot, generation, &d)):
-            return None
+            if load_acquire(&c.m.status[slot].refused) != generation:
+                return None
+            return (<int>KIND_REJECTED, 0, 0, 0, True, 0, 0, -1, 0, 0, time_ns(), "", "", "",
+                    "no memory")
         return (d.kind, d.exitcode, d.signal_, d.restarts, bool(d.final), d.flags, d.start_time,
                 d.restart_ns, d.registered_at, d.started_at, d.stopped_at, text(d.name),
                 text(d.type), text(d.activity), text(d.error))
@@ -561,6 +579,10 @@ cdef class SupervisorView:
 
     def awake(self):
         supervisor_awake(&self.s)
+
+    def note_pass(self, uint64_t ns):
+        """A pass of the loop took so long: it could not answer."""
+        supervisor_note_pass(&self.s, ns)
 
     # --- clients --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 
 #define DRAIN_MAX 256                   /* looks in one pass of the loop: 2 ms of what follows */
 #define SLICE_MAX 16384                 /* words in one slice of a sweep */
+#define SLICE_EVENTS 1024               /* a slice ends early when it has found so much */
 #define HEADROOM ((size_t) 4 << 20)     /* bytes to spare: see supervisor_has_memory() */
 #define HEADROOM_PER_SLOT 64
 
@@ -402,6 +403,8 @@ supervisor_refuse(supervisor_t *s, uint32_t x, uint32_t kind, const char *reason
     if (supervisor_populate(s, x))
         supervisor_note_exit(s, x, kind, 0, 0, 0, 1, now, reason ? reason : "",
                              reason ? strlen(reason) : 0);
+    else
+        store_release(&s->m.status[x].refused, s->slots[x].generation);
     supervisor_free(s, x);
 }
 
@@ -569,6 +572,20 @@ supervisor_awake(supervisor_t *s)
         store_seq_cst(&s->m.outbox->sleep, sleep + 1);
 }
 
+/* A pass of the loop took so long.  Figures to show: nobody decides by them. */
+static inline void
+supervisor_note_pass(supervisor_t *s, uint64_t ns)
+{
+    outbox_t *o = s->m.outbox;
+    unsigned  i = 0;
+
+    for (uint64_t us = ns / 1000; us > 0 && i < PAUSES - 1; us >>= 1)
+        i++;
+    store_relaxed(&o->pauses[i], load_relaxed(&o->pauses[i]) + 1);
+    if (ns > load_relaxed(&o->longest_pause))
+        store_relaxed(&o->longest_pause, ns);
+}
+
 /* ------------------------------------------------------------------------------------------
  * Clients, sweeps
  * ---------------------------------------------------------------------------------------- */
@@ -656,18 +673,21 @@ supervisor_collect_cids(supervisor_t *s)
 }
 
 /* One slice of the sweep: look at the next max words, whatever the dirty bits say.  Returns the
- * number of events, at most max. */
+ * number of events, at most max.  Where there are many the rest of the round is asked for: the
+ * damage is to be put right soon, but not in one pass. */
 static inline uint32_t
 supervisor_sweep(supervisor_t *s, uint32_t max, int64_t now, event_t *events)
 {
     uint32_t n = 0;
 
-    for (uint32_t i = 0; i < max && i < s->m.g.nslots; i++) {
+    for (uint32_t i = 0; i < max && i < s->m.g.nslots && n < SLICE_EVENTS; i++) {
         supervisor_look(s, (uint32_t) (s->swept % s->m.g.nslots), now, &events[n]);
         s->swept++;
         if (events[n].action != NOTHING)
             n++;
     }
+    if (n == SLICE_EVENTS && s->swept >= s->sweep_until)
+        supervisor_request_sweep(s);
     supervisor_sweep_tokens(s);
     supervisor_collect_cids(s);
     return n;

@@ -88,7 +88,11 @@ def entry_allowed(entry: str, allow: Iterable[str]) -> bool:
     """Tell whether one of the patterns lets clients ask for `entry`, "module:function".
 
     "mylib.*" takes all of mylib, its own functions and those of its modules; "mylib:*" its own
-    functions alone; a name without "*" itself.
+    functions alone; a name without "*" itself; "*" everything.  What has a dot after the colon
+    needs a pattern that has one there ("mylib:Class.*"): else "mylib.*" would take
+    "mylib:os.system" as soon as mylib imports os.
     """
     dotted = entry.replace(":", ".")
+    if "." in entry.partition(":")[2]:
+        allow = [p for p in allow if p == "*" or "." in p.partition(":")[2]]
     return any(fnmatchcase(entry, pattern) or fnmatchcase(dotted, pattern) for pattern in allow)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from pgbgw import _launch, _policy
+from pgbgw._cgroup import SupervisorCgroup
 from pgbgw._child import run_forked
 from pgbgw._connections import Connections
 from pgbgw._launch import Assignment, Child, Surroundings
@@ -54,6 +55,7 @@ class RegisteredWorker:
         "generation",
         "graced",
         "launches",
+        "mortal",
         "name",
         "notify",
         "order",
@@ -89,6 +91,7 @@ class RegisteredWorker:
         self.child: Child | None = None
         self.terminated = False  # never (re)start it (rw_terminate)
         self.graced = False  # a client said how long it may take to stop
+        self.mortal = False  # it was told to stop, and has only so long
         self.launches = 0
         self.failures = 0  # in a row
         self.outcome: dict[str, Any] | None = None  # of the last run, for the next
@@ -156,6 +159,7 @@ class WorkerTable:
 
     connections: Connections
     domain: Domain
+    cgroup: SupervisorCgroup | None = None  # where processes are launched into
 
     def __init__(
         self,
@@ -179,7 +183,9 @@ class WorkerTable:
             (start_time, shmem): ReadyQueue() for start_time in StartTime for shmem in (False, True)
         }
         self._launch_noise = RateLimit(1, 10)
+        self._refusal_noise = RateLimit(1, 100)
         self.stopping = False
+        self.immediate = False
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
         return iter(list(self._workers.values()))
@@ -205,7 +211,9 @@ class WorkerTable:
         allow = self._allow
         if cid and allow is not None and not entry_allowed(worker.entry, allow):
             reason = f'entry point "{worker.entry}" is not allowed'
-            logger.warning("%s rejected: %s", worker, reason)
+            if self._refusal_noise.allow(time.monotonic()):
+                more = self._refusal_noise.more
+                logger.warning("%s rejected: %s%s", worker, reason, more)
             self.forget(worker, REJECTED, error=reason.encode())
             return
         self._queue_of(worker).push(worker)
@@ -256,7 +264,7 @@ class WorkerTable:
 
     def terminate(self, worker: RegisteredWorker, grace_ns: int = -1) -> None:
         """Never start it again; SIGTERM once if it runs, SIGKILL to its group after grace_ns (or
-        its own stop_timeout; -1: never)."""
+        its own stop_timeout; -1: never), or sooner when it has ended."""
         first, worker.terminated = not worker.terminated, True
         if worker.child is None:
             self._forget_idle(worker)
@@ -278,6 +286,7 @@ class WorkerTable:
         child = worker.child
         if grace_ns < 0 or child is None:
             return
+        worker.mortal = True
         due = time.monotonic_ns() + grace_ns
         if worker.timer is not None and worker.timer.callback and worker.timer.due <= due:
             return
@@ -287,6 +296,13 @@ class WorkerTable:
             child.signal_group(signal.SIGKILL)
 
         worker.set_timer(self._timers.after(grace_ns, kill))
+
+    def stragglers(self, worker: RegisteredWorker | None) -> int:
+        """The signal for what a worker has left of its group when it ends; 0: PostgreSQL's way.
+
+        SIGKILL if it had only so long to stop, or none at all.
+        """
+        return signal.SIGKILL if self.immediate or (worker and worker.mortal) else 0
 
     # --- launching --------------------------------------------------------------------------
 
@@ -346,14 +362,22 @@ class WorkerTable:
     ) -> Child:
         """A process with that record, by the start method, watched.  OSError: there is none."""
         surroundings = self._surroundings
-        if self._start_method == "spawn":
-            child = _launch.spawn(surroundings, assignment, record, "background_worker_entry")
-        else:
-            child = _launch.fork(
-                surroundings,
-                assignment.memory,
-                lambda channel: run_forked(surroundings, assignment, record, channel),
-            )
+        cgroup = None if self.cgroup is None else self.cgroup.new(assignment.slot)
+        try:
+            if self._start_method == "spawn":
+                entry = "background_worker_entry"
+                child = _launch.spawn(surroundings, assignment, record, entry, cgroup)
+            else:
+                child = _launch.fork(
+                    surroundings,
+                    assignment.memory,
+                    lambda channel: run_forked(surroundings, assignment, record, channel),
+                    cgroup,
+                )
+        except OSError:
+            if cgroup is not None:
+                cgroup.remove()
+            raise
         try:
             self._poller.add(child.pidfd, exited)
             try:
@@ -384,7 +408,7 @@ class WorkerTable:
     def _launch_failed(self, worker: RegisteredWorker, exc: OSError) -> None:
         """No process could be had.  That is no crash, and nobody else waits for it."""
         if self._launch_noise.allow(time.monotonic()):
-            logger.info("could not launch %s: %s", worker, exc)
+            logger.info("could not launch %s: %s%s", worker, exc, self._launch_noise.more)
         if worker.restart_ns < 0:
             self.forget(worker, LAUNCH_FAILED, error=str(exc).encode())
             return
@@ -441,7 +465,7 @@ class WorkerTable:
         if child is None:
             return
         self.read(child, LAST_WORDS)
-        status = child.reap()
+        status = child.reap(self.stragglers(worker))
         if status is None:
             return
         exitcode, signum = status

@@ -395,7 +395,9 @@ class Client:
         """Ask the supervisor to stop, wait until it is gone, and reap it if it is our child.
 
         mode: "smart" (serve until the last other client has gone, then fast), "fast" (SIGTERM to
-        all workers) or "immediate" (SIGQUIT).  A stronger request overrides a weaker one.  Raises
+        all workers and their process groups, and SIGKILL after a worker's stop_timeout) or
+        "immediate" (SIGQUIT, and SIGKILL to what is left of a group as its worker ends, at the
+        latest after 5 seconds).  A stronger request overrides a weaker one.  Raises
         WaitTimeoutError after timeout seconds; the request stands.
         """
         try:

@@ -255,6 +255,7 @@ _SUPERVISOR: dict[str, Callable[[object], object]] = {
     "shared_memory": parse_size,
     "restart_after_crash": _boolean,
     "post_auth_delay": _delay,
+    "cgroup": _string,
 }
 
 _WORKER: dict[str, Callable[[object], object]] = {

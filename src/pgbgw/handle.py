@@ -7,6 +7,7 @@ for goes over the connections of the client that is attached in this process.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -147,14 +148,27 @@ class WorkerHandle(_slots.SlotHandle):
     def terminate(self, *, grace: float | None = None) -> None:
         """Ask that it stops and is never started again (TerminateBackgroundWorker).
 
-        Returns at once.  A running worker gets SIGTERM, once.  grace: seconds until its process
-        group gets SIGKILL; None: its own stop_timeout, if any.  No effect if it is gone already.
+        Returns at once.  A running worker gets SIGTERM, once, and nobody else does.  No effect if
+        it is gone already.
+
+        grace: seconds until SIGKILL to the worker and its process group, the programs that it has
+        started among them; what is left of the group when the worker ends sooner is killed then.
+        None: its own stop_timeout, if any; otherwise what it has started is left alone, but for
+        its forks (docs/security.md tells who dies with whom).
         """
-        if grace is not None and not (math.isfinite(grace) and grace >= 0):
+        if grace is None:
+            self._set_terminate()
+            return
+        if not (math.isfinite(grace) and grace >= 0):
             raise ValueError(f"grace must be a number of seconds, not {grace!r}")
-        if self._set_terminate() and grace is not None:
-            body = _wire.GRACE.pack(min(int(grace * 1e9), (1 << 62)))
-            self._request(Message.TERMINATE, body)
+        body = _wire.GRACE.pack(min(int(grace * 1e9), (1 << 62)))
+        message = pack(Message.TERMINATE, self.slot, self.generation, body)
+        channels = self._find_client()._channels
+        # First, since a worker that obeys the bit may be gone before a later message is read, and
+        # what it leaves with it.  Where there is no room for it the bit must not wait.
+        sent = self._view.epoch == self.epoch and channels.send(message, time.monotonic())
+        if self._set_terminate() and not sent:
+            channels.send(message)
 
     def cancel(self) -> None:
         """SIGINT: cancel the statement that its database connection runs.  Others ignore it."""

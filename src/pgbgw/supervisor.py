@@ -73,6 +73,9 @@ class Supervisor:
         False: the crash of a worker with SHMEM_ACCESS ends the supervisor, with status 1
     post_auth_delay
         seconds that a worker sleeps before it does anything: time to attach a debugger
+    cgroup
+        a cgroup v2 directory that this user may write to: whatever a worker has started then ends
+        with it, and with the supervisor; None: see docs/security.md for what may stay
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Supervisor:
         shared_memory: int = 0,
         restart_after_crash: bool = True,
         post_auth_delay: float = 0.0,
+        cgroup: str | os.PathLike[str] | None = None,
     ) -> None:
         _check_integer("max_worker_processes", max_worker_processes, 1, MAX_WORKER_PROCESSES_LIMIT)
         _check_integer("max_parallel_workers", max_parallel_workers, 0, MAX_PARALLEL_WORKER_LIMIT)
@@ -118,6 +122,7 @@ class Supervisor:
             shared_memory=shared_memory,
             restart_after_crash=bool(restart_after_crash),
             post_auth_delay=float(post_auth_delay),
+            cgroup=None if cgroup is None else os.path.abspath(cgroup),
         )
         if spares:
             self._settings.notices.append("no spares are kept: every worker is started afresh")

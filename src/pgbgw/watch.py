@@ -7,6 +7,7 @@ import select
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pgbgw._wire import Message, pack
@@ -36,16 +37,18 @@ class Watch:
         self._states: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
         self._refused = False  # some are not subscribed: look at all, whenever asked
-        self._sock, self._latch = client._channels.connect(time.monotonic() + 10.0)
-        self._supervisor = os.dup(client._channels.supervisor)
-        self._epoll = select.epoll()
-        self._epoll.register(self._sock, select.EPOLLIN)
-        self._epoll.register(self._supervisor, select.EPOLLIN)
-        try:
+        self._hung_up = False
+        with ExitStack() as undo:  # there may be no descriptor left for us
+            self._sock, self._latch = client._channels.connect(time.monotonic() + 10.0)
+            undo.callback(self._sock.close)
+            self._supervisor = os.dup(client._channels.supervisor)
+            undo.callback(os.close, self._supervisor)
+            self._epoll = select.epoll()
+            undo.callback(self._epoll.close)
+            self._epoll.register(self._sock, select.EPOLLIN)
+            self._epoll.register(self._supervisor, select.EPOLLIN)
             self.add(*handles)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +96,11 @@ class Watch:
         """
         self._check_open()  # in a forked child what comes is the parent's
         heard, said = self._client._channels.hear(self._latch)
+        if self._latch.hung_up and not self._hung_up:
+            # The supervisor ends, and its pidfd will follow.  Until then an event loop is not to
+            # turn round and round, least of all in the time that the supervisor needs to die.
+            self._epoll.unregister(self._sock)
+            self._hung_up = self._refused = True
         changed = []
         with self._lock:
             self._refused = self._refused or Message.CAPACITY in said

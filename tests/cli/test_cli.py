@@ -560,6 +560,9 @@ def test_ps_shows_every_worker_with_its_figures(run: Any) -> None:
         assert whole["epoch"] > 0
         assert whole["supervisor_pid"] > 0
         assert (whole["used_worker_processes"], whole["used_parallel_workers"]) == (2, 0)
+        loop = whole["loop"]
+        assert loop["passes"] > 0
+        assert 0 < loop["p99_pause"] <= loop["longest_pause"] < 60
         by_name = {worker["name"]: worker for worker in whole["workers"]}
         busy, again = by_name["busy"], by_name["again"]
         assert (busy["state"], busy["ready"], busy["outcome"]) == ("started", True, None)

@@ -236,6 +236,29 @@ def test_H02_a_fast_stop_reaches_the_startup_worker(
     client.close()
 
 
+def test_H02_a_member_that_crashes_during_a_fast_stop_makes_it_an_abnormal_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, path = Log(capfd), tmp_path / "linger"
+    with supervisor() as client:
+        outside = ready(client, LINGER, str(path))
+        stubborn = ready(client, IGNORE, flags=Flags.SHMEM_ACCESS)
+        other = ready(client, LINGER, str(path), flags=Flags.SHMEM_ACCESS)
+        ask_to_stop(client, "fast")
+        poll_until(lambda: len(lines(path)) == 2)
+        pid = stubborn.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        other.wait_until_gone(30)
+        assert ending(other) == QUIT
+        assert outside.status() is HandleStatus.STARTED  # not its memory
+        Path(f"{path}.release").touch()
+        client.stop("fast", timeout=30)
+        assert client._process is not None
+        assert client._process.returncode == 1
+        log.wait_for("abnormal shutdown")
+
+
 # -- immediate -------------------------------------------------------------------------------------
 
 

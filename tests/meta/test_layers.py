@@ -17,11 +17,11 @@ CLIENT_SIDE = ["latch", "_attachment", "_channels", "handle", "client", "watch"]
 WORKER_SIDE = ["_launch", "_database", "_child"]
 SUPERVISOR_SIDE = ["_poller", "_connections", "_workers", "_domain", "_loop", "_serve"]
 ORDER = [
-    *["errors", "worker", "_policy", "_slots", "_kernel", "_runtime", "_wire", "_log"],
+    *["errors", "worker", "_policy", "_slots", "_kernel", "_runtime", "_wire", "_log", "_cgroup"],
     *CLIENT_SIDE,
     *WORKER_SIDE,
     *SUPERVISOR_SIDE,
-    *["config", "_systemd", "supervisor", "_show", "cli", "__main__"],
+    *["config", "_systemd", "supervisor", "_show", "_bench_workers", "_bench", "cli", "__main__"],
 ]
 
 # Against the order, but only when it is called: Client.watch() makes a Watch, which is one of its

@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,23 @@ def test_the_supervisors_death_makes_it_readable_and_is_raised_again_and_again()
                         each.changes()
                 assert readable(each, 0)
             assert handle.status() is HandleStatus.SUPERVISOR_DIED
+
+
+@pytest.mark.leaves_sockets
+def test_a_supervisor_that_hangs_up_before_it_is_dead_keeps_no_event_loop_busy() -> None:
+    with supervisor() as client:
+        handle = client.register(workers.sleep_until_stopped)
+        handle.wait_for_ready(30)
+        with client.watch(handle) as watch:
+            assert next_changes(watch) == [handle]
+            watch._sock.shutdown(socket.SHUT_RDWR)
+            assert readable(watch)
+            assert watch.changes() == []
+            assert not readable(watch, 0)
+            kill_supervisor(client)
+            assert readable(watch)
+            with pytest.raises(SupervisorDiedError):
+                watch.changes()
 
 
 def test_what_came_before_the_supervisors_end_is_told_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -10,9 +11,17 @@ import time
 from types import TracebackType
 
 from pgbgw import Client, _attachment, _runtime, _slots
-from support.slot_tables import AT_SLEEP, CLAIMED, FREE, READY, Word, parts, word
+from pgbgw._wire import HEAD, Message, pack
+from support.slot_tables import AT_NFREE, AT_SLEEP, CLAIMED, FREE, READY, Word, parts, word
 
 GUARD = 30.0  # seconds
+
+# What one may send again and again.
+GARBAGE = {
+    "doorbells": [pack(Message.KICK), pack(Message.KICK, 3, 1)],
+    "garbage": [bytes(40), b"\xff" * 1024, b"short", pack(Message.NOTIFY), HEAD.pack(99, 0, 0)],
+    "subscriptions": [pack(Message.SUBSCRIBE, slot, 1) for slot in range(64)],
+}
 
 
 class Rogue:
@@ -62,6 +71,11 @@ class Rogue:
     def sleep_word(self) -> int:
         """The supervisor's, odd while it sleeps."""
         return int.from_bytes(self._outbox_map[AT_SLEEP : AT_SLEEP + 8], "little")
+
+    @property
+    def free_slots(self) -> int:
+        """What the supervisor says that it has."""
+        return int.from_bytes(self._outbox_map[AT_NFREE : AT_NFREE + 4], "little")
 
     def claim(self, cid: int) -> tuple[int, int]:
         """Leave a free slot and a free token as a client does that is stopped in the middle of a
@@ -119,6 +133,16 @@ class Rogue:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH_HOLE = 0x03  # and keep the size
+
+
+def punch(fd: int, start: int, length: int) -> None:
+    """Give a file's memory back: it reads as zeros then."""
+    if _libc.fallocate(fd, _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(length)) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def raw_connection(client: Client) -> socket.socket:

@@ -100,12 +100,14 @@ def test_every_argument_of_the_supervisor_can_be_given(loaded: Loader) -> None:
         "[supervisor]\n"
         'startup = "m:f"\nstart_method = "spawn"\nrestart_after_crash = false\n'
         'post_auth_delay = "250ms"\nshared_memory = 4096\nallow = []\n'
+        'cgroup = "/sys/fs/cgroup/mine"\n'
     )
     assert arguments == {
         "startup": "m:f",
         "start_method": "spawn",
         "restart_after_crash": False,
         "post_auth_delay": 0.25,
+        "cgroup": "/sys/fs/cgroup/mine",
         "shared_memory": 4096,
         "allow": (),
     }

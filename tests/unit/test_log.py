@@ -347,8 +347,10 @@ def test_a_burst_passes_and_then_the_rate_holds() -> None:
     assert limit.allow(100.4) is False
     assert limit.allow(100.5) is True
     assert limit.suppressed == 3
+    assert limit.more == " (3 more before, not shown)"
     assert limit.allow(101.0) is True
     assert limit.suppressed == 0
+    assert limit.more == ""
     assert [limit.allow(200.0) for _ in range(5)] == [True, True, True, False, False]
 
 

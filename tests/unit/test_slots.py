@@ -476,6 +476,16 @@ def test_a_sleeping_supervisor_is_rung_once_by_each_process(small: Table) -> Non
     assert client.rings() == 1
 
 
+def test_the_passes_of_the_loop_are_counted_by_their_length(small: Table) -> None:
+    client = small.client()
+    assert client.view.pauses == (0, [0] * 24)
+    for ns in (0, 999, 1_000, 1_999, 2_000, 1_000_000, 3_600_000_000_000):
+        small.view.note_pass(ns)
+    longest, pauses = client.view.pauses
+    assert longest == 3_600_000_000_000
+    assert {i: count for i, count in enumerate(pauses) if count} == {0: 2, 1: 2, 2: 1, 10: 1, 23: 1}
+
+
 def test_a_supervisor_does_not_fall_asleep_over_a_change(small: Table) -> None:
     client = small.client()
     client.must_register()

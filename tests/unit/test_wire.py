@@ -18,6 +18,14 @@ from pgbgw._wire import entry_allowed
         ("mylib:g", "mylib:f", False),
         ("mylibrary:f", "mylib.*", False),
         ("os:system", "*", True),
+        # What a module has imported is not all of mylib's.
+        ("mylib:os.system", "mylib.*", False),
+        ("mylib.jobs:os.system", "mylib.*", False),
+        ("mylib:os.system", "mylib:*", False),
+        ("mylib:os.system", "*", True),
+        ("mylib:Class.run", "mylib:Class.*", True),
+        ("mylib:Class.run", "mylib:Class.run", True),
+        ("mylib:Other.run", "mylib:Class.*", False),
     ],
 )
 def test_a_pattern_allows_what_it_seems_to(entry: str, pattern: str, allowed: bool) -> None:
