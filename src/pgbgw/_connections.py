@@ -111,7 +111,7 @@ class Connections:
         # Two descriptors each, and two for each worker there may be; a quarter in any case.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = min(MAX_CONNECTIONS, max(files // 8, (files - 2 * view.nslots - 64) // 2))
-        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)  # see _shed()
 
     def listen(self, listener: socket.socket) -> None:
         """Accept connections from here on.  The listener is ours to close."""
@@ -141,6 +141,8 @@ class Connections:
 
     def _accept(self) -> None:
         assert self._listener is not None
+        if self._spare_fd < 0:
+            self._take_spare()
         for _ in range(ACCEPTS_PER_PASS):
             try:
                 sock, _ = self._listener.accept()
@@ -164,10 +166,13 @@ class Connections:
             self._listener.accept()[0].close()
         except OSError:
             pass
+        self._take_spare()
+
+    def _take_spare(self) -> None:
         try:
             self._spare_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            pass
+            pass  # somebody else took it, if it is the system that has no more; see _accept()
 
     def _greet(self, sock: socket.socket) -> None:
         """Bind the connection to a pidfd, then ask the peer to speak: a process with that pid was
