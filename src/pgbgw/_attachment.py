@@ -108,7 +108,9 @@ def _answer(
         left = deadline - time.monotonic()
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        if not poll.poll(max(0.0, left) * 1000):
+        if not poll.poll(max(0.0, min(left, 3600.0)) * 1000):
+            if left > 0.0:
+                continue
             raise AttachError(
                 f'the supervisor at "{address}" did not answer in time',
                 hint="raise the timeout; a supervisor that was stopped (SIGSTOP) cannot answer",

@@ -22,6 +22,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from pgbgw import _kernel
 from pgbgw.errors import StartError
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ class SupervisorCgroup:
         pid = os.fork()
         if pid == 0:
             try:
+                _kernel.set_parent_death_signal(signal.SIGKILL)
                 group.enter()
+                os.close(self.fd)  # it holds the lock, which a dead supervisor's must not be
                 os.write(told, b"0")
                 time.sleep(60)
             except OSError as exc:

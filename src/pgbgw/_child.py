@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from pgbgw import _kernel, _log
 from pgbgw._launch import BLOCKED_SIGNALS, Assignment, Surroundings
@@ -244,8 +244,8 @@ class Worker:
                     data, fds = receive(self._channel, socket.MSG_DONTWAIT)
                 except OSError:
                     return
-                if len(data) < HEAD.size:  # end-of-file: the supervisor is dying, and we with it
-                    return
+                if len(data) < HEAD.size:
+                    self._die_with_the_supervisor()
                 type = HEAD.unpack_from(data)[0]
                 if type == Message.AWAKE:
                     self._awake = True
@@ -253,6 +253,13 @@ class Worker:
                     self._answers.append((type, data, fds))
         finally:
             self._channel_lock.release()
+
+    def _die_with_the_supervisor(self) -> NoReturn:
+        """The channel's other end is closed: the supervisor is about to be gone.  The signal for
+        that kills us, unless we have changed our user since, which takes it away."""
+        while os.getppid() == self._surroundings.supervisor:
+            time.sleep(0.001)
+        os._exit(1)
 
     # --- telling ----------------------------------------------------------------------------
 
@@ -477,13 +484,20 @@ def _finish(worker: Worker, code: int) -> int:
     try:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+            if stream is not None and not _is_closed(stream):
                 stream.flush()
     except BaseException as exc:
         code = _report(worker, exc) or code or 1
     if worker.worker.flags & Flags.SHMEM_ACCESS:
         worker._tell(Message.CLEAN)
     return code
+
+
+def _is_closed(stream: IO[str]) -> bool:
+    try:
+        return stream.closed
+    except ValueError:  # detached
+        return True
 
 
 def _report(worker: Worker, exc: BaseException) -> int:

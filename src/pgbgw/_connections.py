@@ -38,7 +38,7 @@ MAX_CONNECTIONS = 16_384  # in all
 MAX_CONNECTIONS_PER_PROCESS = 256
 MAX_SUBSCRIPTIONS = 1 << 20
 ACCEPTS_PER_PASS = 64
-FULL = "too many processes are attached"
+FULL, LATER = "too many processes are attached", "no memory to ask whether it lives"
 _NONBLOCKING = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _UCRED = struct.Struct("3i")
 
@@ -100,7 +100,7 @@ class Connections:
         self._allow = b"" if allow is None else json.dumps(list(allow)).encode()
         self._requests = requests
         self._connections: dict[int, Connection] = {}
-        self._processes: dict[int, ClientProcess] = {}  # by pid, the one that attached last
+        self._processes: dict[int, list[ClientProcess]] = {}  # by pid, as they attached
         self._by_cid: dict[int, ClientProcess] = {}
         self._subscribers: dict[int, set[Connection]] = {}  # by slot; of its present generation
         self._subscriptions = 0
@@ -201,6 +201,8 @@ class Connections:
 
         The caller sends them over the worker's channel and closes the end.
         """
+        if self._per_pid[pid] >= MAX_CONNECTIONS_PER_PROCESS:
+            return "this process has too many connections"
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as exc:
@@ -249,7 +251,7 @@ class Connections:
         else:
             admitted = self._admit(connection, first=bool(_wire.HELLO.unpack_from(body)[1]))
         if isinstance(admitted, str):
-            if admitted != FULL:  # there may be room soon: who is hung up on tries again
+            if admitted not in (FULL, LATER):  # soon, perhaps: who is hung up on tries again
                 self._send(connection, pack(Message.REFUSED, body=admitted.encode()))
             self._drop(connection)
             return
@@ -268,17 +270,20 @@ class Connections:
         """Bind the connection to its process's client; or say why not.
 
         A first connection makes a new client even where the process has one: that one has detached,
-        and we have not come to read it.
+        and we have not come to read it; or it could not say so (no room, or an exec), and then it
+        has no connection any more.
         """
-        known = self._processes.get(connection.pid)
         try:
             if _is_dead(connection.pidfd):
                 return "its process is dead"
-            if known is not None and _is_dead(known.pidfd):
-                self._process_gone(known)  # the number is another process's by now
-                known = None
-        except OSError as exc:  # no memory to ask
-            return str(exc)
+            for earlier in self._processes.get(connection.pid, [])[:]:
+                # A dead one: the number is another process's by now.
+                if (first and not earlier.connections) or _is_dead(earlier.pidfd):
+                    self._process_gone(earlier)
+        except OSError:  # no memory to ask
+            return LATER
+        same = self._processes.get(connection.pid)
+        known = same[-1] if same else None
         if known is None or first:
             is_worker = self._requests.is_worker(connection.pid)
             if known is None and not self._accepting and not is_worker:
@@ -305,7 +310,7 @@ class Connections:
             self._view.client_gone(cid)
             return str(exc)
         connection.pidfd = -1
-        self._processes[process.pid] = process
+        self._processes.setdefault(process.pid, []).append(process)
         self._by_cid[cid] = process
         return process
 
@@ -333,7 +338,9 @@ class Connections:
         """Dead, or detached: its cid may be reused after a round of the sweep."""
         if self._by_cid.pop(process.cid, None) is None:
             return
-        if self._processes.get(process.pid) is process:
+        same = self._processes[process.pid]
+        same.remove(process)
+        if not same:
             del self._processes[process.pid]
         for connection in list(process.connections):
             self._drop(connection)

@@ -120,7 +120,7 @@ class CrashDomain:
         if child is None:
             return
         self._table.read(child, LAST_WORDS)
-        status = child.reap(self._table.stragglers(None))
+        status = child.reap(self._table.signal_for_leftovers(None))
         if status is None:
             return
         exitcode, signum = status
@@ -148,9 +148,9 @@ class CrashDomain:
         logger.info("%s: terminating the other workers with shared memory access", what)
         for child in self._members():
             child.signal_group(signal.SIGQUIT)
-        self._kill = self._timers.after(KILL_AFTER_NS, self._kill_stragglers)
+        self._kill = self._timers.after(KILL_AFTER_NS, self._kill_the_deaf)
 
-    def _kill_stragglers(self) -> None:
+    def _kill_the_deaf(self) -> None:
         for child in self._members():
             logger.info("process %d did not obey SIGQUIT: sending SIGKILL to its group", child.pid)
             child.signal_group(signal.SIGKILL)

@@ -8,6 +8,7 @@ until the worker's own handlers are in, so none is lost and none meets the super
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,19 +24,29 @@ from pgbgw import _kernel
 from pgbgw._cgroup import WorkerCgroup
 from pgbgw._wire import HEAD, MAX_MESSAGE, MAX_READS, Message, pack
 
-# Everything that asks a process to stop, to reload or to look.  SIGALRM asks a supervisor nothing,
-# but would end it.
-BLOCKED_SIGNALS = frozenset(
-    {
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGQUIT,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGALRM,
-    }
-)
+logger = logging.getLogger(__name__)
+
+# Everything that asks a process for something, or would end it for nothing that it has done: all
+# but faults, what stops and continues, and what Python or the kernel ignores anyway.
+BLOCKED_SIGNALS = frozenset(signal.valid_signals()) - {
+    signal.SIGKILL,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGABRT,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+    signal.SIGSTOP,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCONT,
+    signal.SIGCHLD,
+    signal.SIGPIPE,
+    signal.SIGURG,
+    signal.SIGWINCH,
+}
 
 
 def fill_standard_descriptors() -> list[int]:
@@ -99,7 +110,15 @@ class Child:
     """A process we launched and have not reaped.  Until then its pid cannot be anybody else's."""
 
     __slots__ = (
-        *("attached", "cgroup", "channel", "clean", "error", "hung_up", "pid", "pidfd", "started"),
+        "attached",
+        "cgroup",
+        "channel",
+        "clean",
+        "error",
+        "hung_up",
+        "pid",
+        "pidfd",
+        "started",
     )
 
     def __init__(
@@ -116,12 +135,13 @@ class Child:
         self.hung_up = False  # nothing more will come on the channel
 
     def signal(self, signum: int) -> None:
-        """Signal the process alone; nothing happens if it has just died, or is another user's by
-        now: it may have become a setuid program."""
+        """Signal the process alone; nothing happens if it has just died."""
         try:
             signal.pidfd_send_signal(self.pidfd, signum)
-        except OSError:
+        except ProcessLookupError:
             pass
+        except OSError as exc:  # another user's by now: it may have become a setuid program
+            logger.warning("could not send signal %d to process %d: %s", signum, self.pid, exc)
 
     def signal_group(self, signum: int) -> None:
         """Signal the process and its group once; the process alone if it has no group yet.
@@ -161,11 +181,11 @@ class Child:
             found.append((type, body))
         return found
 
-    def reap(self, stragglers: int = 0) -> tuple[int | None, int | None] | None:
+    def reap(self, leftovers: int = 0) -> tuple[int | None, int | None] | None:
         """(exit code, signal) of the process; None if it lives, (None, None) if the kernel does
         not know how it ended.
 
-        stragglers: a signal for those of its group that it has left behind.  A group has its
+        leftovers: a signal for those of its group that it has left behind.  A group has its
         leader's number, which is nobody else's until the leader is reaped: so look whether it is
         dead, signal, and reap only then.  Afterwards no group is ever signalled.
         """
@@ -173,8 +193,8 @@ class Child:
             status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if status is None:
                 return None
-            if stragglers:
-                self.signal_group(stragglers)
+            if leftovers:
+                self.signal_group(leftovers)
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             return None, None
@@ -201,19 +221,22 @@ def signal_groups_but_leaders(leaders: Collection[int], signum: int) -> None:
 
     They are not reaped.  A member is found by its number and signalled by a pidfd: if the number
     was in the group after the pidfd was opened, it is that process, or nobody is signalled.
+    OSError if there is no descriptor to be had for that.
     """
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         try:
             if pid in leaders or os.getpgid(pid) not in leaders:
                 continue
             pidfd = os.pidfd_open(pid)
-            try:
-                if os.getpgid(pid) in leaders:
-                    signal.pidfd_send_signal(pidfd, signum)
-            finally:
-                os.close(pidfd)
-        except OSError:  # gone, or of another user by now
+        except ProcessLookupError:  # gone
+            continue
+        try:
+            if os.getpgid(pid) in leaders:
+                signal.pidfd_send_signal(pidfd, signum)
+        except (ProcessLookupError, PermissionError):  # gone, or of another user by now
             pass
+        finally:
+            os.close(pidfd)
 
 
 # What runs in a forked worker: it is given its end of the channel and never returns.

@@ -28,7 +28,7 @@ TICK_NS = 1_000_000_000  # while clients are attached: repairs damage, nothing w
 OWNER_GRACE_NS = 500_000_000  # between fast and immediate when the owner has died
 
 # SIGTERM, SIGINT, SIGQUIT to the supervisor, as to the postmaster.
-SHUTDOWN_SIGNALS = {
+SHUTDOWN_SIGNALS: dict[int, ShutdownMode] = {
     signal.SIGTERM: ShutdownMode.SMART,
     signal.SIGINT: ShutdownMode.FAST,
     signal.SIGQUIT: ShutdownMode.IMMEDIATE,
@@ -62,8 +62,8 @@ class Loop:
     def watch_signals(self, fd: int) -> None:
         def read() -> None:
             for signum, pid, uid in _kernel.read_signals(fd):
-                mode = SHUTDOWN_SIGNALS.get(signal.Signals(signum))
-                if mode is not None:
+                mode = SHUTDOWN_SIGNALS.get(signum)
+                if mode is not None and _policy.stronger(self._mode, mode) != self._mode:
                     logger.info(
                         "received %s from process %d of user %d",
                         signal.Signals(signum).name,
@@ -173,7 +173,7 @@ class Loop:
         """The worker that a message is about; a message may come before the slot was looked at."""
         worker = self._table.get(slot, generation)
         if worker is None and self._view.generation(slot) == generation:
-            self._act(self._view.drain(time.time_ns()))
+            self._act(self._view.look(slot, time.time_ns()))
             worker = self._table.get(slot, generation)
         return worker
 
@@ -245,7 +245,10 @@ class Loop:
             else:
                 worker.child.signal_group(signum)
         if asked:
-            signal_groups_but_leaders(asked, signum)
+            try:
+                signal_groups_but_leaders(asked, signum)
+            except OSError as exc:
+                logger.warning("could not signal what %d workers have started: %s", len(asked), exc)
         if self.domain.startup_child is not None:
             self.domain.startup_child.signal_group(signum)
 

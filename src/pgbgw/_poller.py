@@ -15,6 +15,9 @@ from itertools import count
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
 Callback = Callable[[], None]
 _DAY_NS = 86_400_000_000_000
+# Called back in one pass.  The kernel gives the rest next time, before those that it gave now: all
+# get their turn, and a pass does not grow with the number of those who want something.
+MAX_EVENTS = 32
 
 
 class Poller:
@@ -39,13 +42,13 @@ class Poller:
         self._epoll.unregister(fd)
 
     def wait(self, timeout_ns: int | None) -> None:
-        """Wait for at most timeout_ns (None: for ever), then call back for all that is ready."""
+        """Wait for at most timeout_ns (None: for ever), then call back for what is ready."""
         timeout = None
         if timeout_ns is not None:
             # Rounded up: a timer must not be met by a pass just before its time.  At most a day:
             # epoll takes no more than 24, and to wake up too early is harmless.
             timeout = max(0, -(-min(timeout_ns, _DAY_NS) // 1_000_000)) / 1000
-        ready = self._epoll.poll(timeout)
+        ready = self._epoll.poll(timeout, MAX_EVENTS)
         self.woke = time.monotonic_ns()
         batch = [(fd, events, self._callbacks.get(fd)) for fd, events in ready]
         for fd, events, callbacks in batch:

@@ -492,9 +492,15 @@ def _not_ours(address: Address, detail: str | None) -> AttachError:
     )
 
 
-def unlink_socket(address: Address, dirfd: int) -> None:
-    """Remove the socket's file, if it is there; its lock files stay."""
-    _unlink(address.socket_name, dirfd)
+def unlink_socket(address: Address, dirfd: int, inode: int) -> None:
+    """Remove the socket's file if it is there and has that inode; its lock files stay.
+
+    Who removes the lock files of a running supervisor lets another one start, whose socket then
+    has the name.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(address.socket_name, dir_fd=dirfd).st_ino == inode:
+            os.unlink(address.socket_name, dir_fd=dirfd)
 
 
 def _unlink(name: str, dirfd: int) -> None:

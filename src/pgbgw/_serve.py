@@ -198,7 +198,8 @@ def serve(
         loop = _build(settings, surroundings, cgroup, stack)
         loop.on_stop = stops
         listener = _runtime.listen(address, dirfd)
-        stack.callback(_runtime.unlink_socket, address, dirfd)
+        inode = os.lstat(address.socket_name, dir_fd=dirfd).st_ino
+        stack.callback(_runtime.unlink_socket, address, dirfd, inode)
         loop.connections.listen(listener)
         if owner is not None:
             loop.watch_owner(owner)

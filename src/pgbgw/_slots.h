@@ -19,7 +19,7 @@
  *   CLAIMED   the claiming client alone: its record, then the word by C3.  The supervisor takes a
  *             claim away only once the claimer's pidfd was readable: its last store has landed.
  *   READY     any client may set TERM (C5).  The supervisor reads the record once, frees by S7.
- *   st, detail, free_seq, nfree, sleep, pauses: the supervisor alone.
+ *   The outbox, all of it: the supervisor alone.
  *
  * Invariants
  *   I1  A client changes req by single compare-and-swaps, the supervisor by single exchanges: no

@@ -119,6 +119,7 @@ cdef extern from "_slots.h" nogil:
     int supervisor_register(supervisor_t *, const char *, size_t, int64_t, uint32_t *)
     void supervisor_publish(supervisor_t *, uint32_t)
     void supervisor_free(supervisor_t *, uint32_t)
+    void supervisor_look(supervisor_t *, uint32_t, int64_t, event_t *)
     uint32_t supervisor_drain(supervisor_t *, uint32_t, int64_t, event_t *)
     uint32_t supervisor_sweep(supervisor_t *, uint32_t, int64_t, event_t *)
     void supervisor_request_sweep(supervisor_t *)
@@ -568,6 +569,13 @@ cdef class SupervisorView:
         """Look at slots that clients changed, a bounded number: [(EVENT_x, slot, generation, cid,
         reason)].  now: Unix time in ns, for the records.  BackgroundWorkerStateChange."""
         return self._events(supervisor_drain(&self.s, <uint32_t>DRAIN_MAX, now, self.events))
+
+    def look(self, uint32_t slot, int64_t now):
+        """Look at one slot, whatever the dirty bits say; what drain() returns."""
+        if slot >= self.s.m.g.nslots:
+            raise ValueError("no such slot")
+        supervisor_look(&self.s, slot, now, self.events)
+        return self._events(1 if self.events[0].action != NOTHING else 0)
 
     def sweep(self, int64_t now):
         """Look at the next slice of all slots, changed or not; as drain()."""

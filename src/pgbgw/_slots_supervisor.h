@@ -396,11 +396,12 @@ supervisor_bind(supervisor_t *s, uint32_t x, uint64_t w)
     return true;
 }
 
-/* Write why a registration will never run into its detail, then free the slot. */
+/* Write why a registration will never run into its detail, if that has a page, then free the slot. */
 static inline void
-supervisor_refuse(supervisor_t *s, uint32_t x, uint32_t kind, const char *reason, int64_t now)
+supervisor_refuse(supervisor_t *s, uint32_t x, bool page, uint32_t kind, const char *reason,
+                  int64_t now)
 {
-    if (supervisor_populate(s, x))
+    if (page)
         supervisor_note_exit(s, x, kind, 0, 0, 0, 1, now, reason ? reason : "",
                              reason ? strlen(reason) : 0);
     else
@@ -427,6 +428,7 @@ supervisor_accept(supervisor_t *s, uint32_t x, uint64_t w, int64_t now, event_t 
 {
     slot_t     *p = &s->slots[x];
     bool        bound = supervisor_bind(s, x, w);
+    bool        page = supervisor_populate(s, x);
     const char *problem;
     record_t    nothing = {0};
 
@@ -435,21 +437,21 @@ supervisor_accept(supervisor_t *s, uint32_t x, uint64_t w, int64_t now, event_t 
     p->cid = (uint16_t) req_cid(w);
     e->cid = p->cid;
     p->record = supervisor_has_memory(s) ? record_copy(record_of(&s->m, x)) : NULL;
-    if (!p->record || !supervisor_populate(s, x))
+    if (!p->record || !page)
         problem = "no memory";
     else if (!bound)
         problem = "the parallel token is not the registrant's";
     else
         problem = record_problem(p->record, p->token != 0);
-    if (supervisor_populate(s, x))
+    if (page)
         detail_begin(s, x, p->record ? p->record : &nothing, now);
     if (problem) {
         e->action = REJECTED;
         e->reason = problem;
-        supervisor_refuse(s, x, KIND_REJECTED, problem, now);
+        supervisor_refuse(s, x, page, KIND_REJECTED, problem, now);
     } else if ((w & REQ_TERM) || !s->accepting) {
         e->action = CANCELLED;
-        supervisor_refuse(s, x, KIND_CANCELLED, NULL, now);
+        supervisor_refuse(s, x, page, KIND_CANCELLED, NULL, now);
     } else {
         e->action = ACCEPTED;
         supervisor_publish(s, x);

@@ -33,7 +33,7 @@ class Message(IntEnum):
     HELLO = 2  # slot: own pid, generation: the challenge's nonce; body: HELLO
     SUBSCRIBE = 3  # answered by one NOTIFY at once (or FINAL), then one for every change
     UNSUBSCRIBE = 4
-    TERMINATE = 5  # body: grace; TERM is already set in shared memory
+    TERMINATE = 5  # body: grace; TERM is set in shared memory when it is sent
     CANCEL = 6  # SIGINT to the worker
     WAKE = 7  # end the worker's wait
     STOP = 8  # slot: ShutdownMode

@@ -54,8 +54,8 @@ class RegisteredWorker:
         "flags",
         "generation",
         "graced",
+        "has_deadline",
         "launches",
-        "mortal",
         "name",
         "notify",
         "order",
@@ -91,7 +91,7 @@ class RegisteredWorker:
         self.child: Child | None = None
         self.terminated = False  # never (re)start it (rw_terminate)
         self.graced = False  # a client said how long it may take to stop
-        self.mortal = False  # it was told to stop, and has only so long
+        self.has_deadline = False  # it was told to stop, and has only so long
         self.launches = 0
         self.failures = 0  # in a row
         self.outcome: dict[str, Any] | None = None  # of the last run, for the next
@@ -286,7 +286,7 @@ class WorkerTable:
         child = worker.child
         if grace_ns < 0 or child is None:
             return
-        worker.mortal = True
+        worker.has_deadline = True
         due = time.monotonic_ns() + grace_ns
         if worker.timer is not None and worker.timer.callback and worker.timer.due <= due:
             return
@@ -297,12 +297,12 @@ class WorkerTable:
 
         worker.set_timer(self._timers.after(grace_ns, kill))
 
-    def stragglers(self, worker: RegisteredWorker | None) -> int:
+    def signal_for_leftovers(self, worker: RegisteredWorker | None) -> int:
         """The signal for what a worker has left of its group when it ends; 0: PostgreSQL's way.
 
         SIGKILL if it had only so long to stop, or none at all.
         """
-        return signal.SIGKILL if self.immediate or (worker and worker.mortal) else 0
+        return signal.SIGKILL if self.immediate or (worker and worker.has_deadline) else 0
 
     # --- launching --------------------------------------------------------------------------
 
@@ -443,7 +443,9 @@ class WorkerTable:
                 with theirs:
                     _launch.send_descriptors(child.channel, message, fds)
         except OSError as exc:
-            logger.warning("could not answer worker process %d: %s", child.pid, exc)
+            if self._refusal_noise.allow(time.monotonic()):
+                more = self._refusal_noise.more
+                logger.warning("could not answer worker process %d: %s%s", child.pid, exc, more)
 
     def wake(self, worker: RegisteredWorker) -> None:
         """End its wait, or the first one of its next run.  A channel without room holds a wake-up
@@ -465,7 +467,7 @@ class WorkerTable:
         if child is None:
             return
         self.read(child, LAST_WORDS)
-        status = child.reap(self.stragglers(worker))
+        status = child.reap(self.signal_for_leftovers(worker))
         if status is None:
             return
         exitcode, signum = status

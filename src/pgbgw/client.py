@@ -6,11 +6,13 @@ memory alone; only waiting, and what cannot be said by a bit, goes over a connec
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ from pgbgw._log import clean
 from pgbgw._runtime import Address
 from pgbgw._wire import Message, entry_allowed, pack
 from pgbgw.errors import (
+    AttachError,
     EntryNotAllowedError,
     NoFreeSlotError,
     ParallelLimitError,
@@ -50,7 +53,23 @@ REGISTER_PAUSE = 0.00005
 
 _FIELDS = {f.name for f in fields(BackgroundWorker)} - {"entry", "args"}
 
-_clients_lock = threading.RLock()
+_locks: dict[str, threading.RLock] = {}  # by address: who attaches or detaches there
+
+
+@contextmanager
+def _locked(address: Address, deadline: float = math.inf) -> Iterator[None]:
+    """Alone with an address; AttachError if another thread attaches there until the deadline."""
+    lock = _locks.setdefault(address.path, threading.RLock())
+    patience = min(deadline - time.monotonic(), threading.TIMEOUT_MAX)
+    if not lock.acquire(timeout=max(0.0, patience)):
+        raise AttachError(
+            f'could not attach to the supervisor at "{address}" in time',
+            detail="another thread is attaching there",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def attach(address: str | os.PathLike[str] | None = None, *, timeout: float = 10.0) -> Client:
@@ -61,10 +80,10 @@ def attach(address: str | os.PathLike[str] | None = None, *, timeout: float = 10
     nobody is there, and after timeout seconds if a supervisor starts, or is full, for that long.
     """
     target = _runtime.resolve(address)
-    with _clients_lock:
+    deadline = time.monotonic() + timeout
+    with _locked(target, deadline):
         client = _known(target)
         if client is None:
-            deadline = time.monotonic() + timeout
             client = Client(target, _attachment.connect(target, deadline, first=True))
             attached[target.path] = client
         client._references += 1
@@ -77,7 +96,7 @@ def join(address: str, answer: tuple[bytes, list[int]]) -> Client:
     data, fds = answer
     sock = socket.socket(fileno=fds[3])
     sock.setblocking(False)
-    with _clients_lock:
+    with _locked(target):
         client = _known(target)
         if client is None:
             client = Client(target, _attachment.welcome(sock, data, fds[:3], target))
@@ -428,7 +447,7 @@ class Client:
         """Drop one reference; with the last one this process detaches.  Its workers go on."""
         if not self._view.usable:
             return
-        with _clients_lock:
+        with _locked(self._address):
             self._references -= 1
             if self._references > 0:
                 return
@@ -445,8 +464,7 @@ class Client:
 
 
 def _after_fork() -> None:
-    global _clients_lock
-    _clients_lock = threading.RLock()
+    _locks.clear()
     for client in attached.values():
         client._forget_parent()
     attached.clear()

@@ -72,6 +72,9 @@ class WorkerHandle(_slots.SlotHandle):
                 return outcome_of(detail)
             if self._state != 0:
                 return None
+            detail = client._view.detail(self.slot, self.generation)  # it may have ended just now
+            if detail is not None:
+                return outcome_of(detail)
             outcome = client._channels.outcome(self.slot, self.generation)
             if outcome is None:  # the slot was used on: its end has been told since
                 client._channels.listen(patience=1.0)
@@ -148,8 +151,9 @@ class WorkerHandle(_slots.SlotHandle):
     def terminate(self, *, grace: float | None = None) -> None:
         """Ask that it stops and is never started again (TerminateBackgroundWorker).
 
-        Returns at once.  A running worker gets SIGTERM, once, and nobody else does.  No effect if
-        it is gone already.
+        Returns at once (with a grace, once there is room on the connection, which a supervisor that
+        is stopped does not make).  A running worker gets SIGTERM, once, and nobody else does.  No
+        effect if it is gone already.
 
         grace: seconds until SIGKILL to the worker and its process group, the programs that it has
         started among them; what is left of the group when the worker ends sooner is killed then.
@@ -161,7 +165,7 @@ class WorkerHandle(_slots.SlotHandle):
             return
         if not (math.isfinite(grace) and grace >= 0):
             raise ValueError(f"grace must be a number of seconds, not {grace!r}")
-        body = _wire.GRACE.pack(min(int(grace * 1e9), (1 << 62)))
+        body = _wire.GRACE.pack(int(min(grace * 1e9, 1e18)))  # at most some thirty years
         message = pack(Message.TERMINATE, self.slot, self.generation, body)
         channels = self._find_client()._channels
         # First, since a worker that obeys the bit may be gone before a later message is read, and

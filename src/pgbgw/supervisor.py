@@ -110,6 +110,8 @@ class Supervisor:
             worker = BackgroundWorker(entry=startup)
             worker.check()
             startup = str(worker.entry)
+        if cgroup is not None and not os.fspath(cgroup):
+            raise ConfigurationError("cgroup must name a directory")
         self._address = None if address is None else _runtime.resolve(address)
         self._settings = Settings(
             address="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 
@@ -42,3 +43,25 @@ def list_standard(path: str) -> None:
     """Write what descriptors 0 to 2 are."""
     for fd in (0, 1, 2):
         workers.append(path, os.readlink(f"/proc/self/fd/{fd}"))
+
+
+def ask_for_clients(times: int) -> None:
+    """Ask for a client connection again and again, and close what comes."""
+    worker = current_worker()
+    for _ in range(times):
+        _, fds = worker._join()
+        for fd in fds:
+            os.close(fd)
+
+
+def become_somebody_else() -> None:
+    """Change the group, which takes the parent-death signal away, and wait for a stop."""
+    os.setgid(os.getgid() + 1)
+    current_worker().ready()
+    current_worker().sleep(3600)
+
+
+def close_the_streams(code: int) -> None:
+    sys.stdout.close()
+    sys.stderr.detach()
+    sys.exit(code)

@@ -742,6 +742,9 @@ def test_a_socket_or_lock_that_we_may_not_touch_belongs_to_another_user(
 def test_unlinking_removes_the_socket_and_leaves_the_locks(runtime: Path, dirfd: int) -> None:
     address = resolve("main")
     with listening(address, dirfd):
-        unlink_socket(address, dirfd)
-        unlink_socket(address, dirfd)
+        inode = os.lstat(address.socket_name, dir_fd=dirfd).st_ino
+        unlink_socket(address, dirfd, inode + 1)
+        assert address.socket_name in leftovers(runtime, "main")
+        unlink_socket(address, dirfd, inode)
+        unlink_socket(address, dirfd, inode)
     assert leftovers(runtime, "main") == [address.lock_name, address.workers_lock_name]

@@ -432,7 +432,8 @@ def closure() -> Any:
         "".upper,
         random.random,  # of an instance that no name leads to
     ],
-    ids=repr,
+    # Names that are the same in every process: tests are shared out by them.
+    ids=["lambda", "closure", "in-main", "impostor", "partial", "object", "method", "str", "C"],
 )
 def test_a_callable_that_cannot_be_imported_is_refused_with_advice(entry: Any) -> None:
     with pytest.raises(InvalidWorkerError, match=r'^background worker ".*": the entry ') as caught:
