@@ -8,7 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard src/pgbgw/*.pyx src/pgbgw/*.pxd src/pgbgw/*.h)
 
-.PHONY: build lint format type test model fault soak programs test-all check demo dist clean
+.PHONY: build lint format type test model fault soak bench bench-quick test-all check demo dist clean
 # Builds for different interpreters share the generated C.
 .NOTPARALLEL:
 
@@ -32,20 +32,28 @@ test: build
 	$(BIN)/python -m pytest $(ARGS)
 
 # What a process can do to the others, tried: ten minutes on two cores, a table at the end.
-fault: build programs
+fault: build
+	tools/need-programs spin valgrind
 	$(BIN)/python -m pytest --form=fault -n 2 --dist=loadgroup tests/fault $(ARGS)
 
 # The same and the other long tests, in their long forms: hours.
-soak: build programs
+soak: build
+	tools/need-programs spin valgrind
 	$(BIN)/python -m pytest --form=soak -n 2 --dist=loadgroup $(ARGS)
 
+# pgbgw beside PostgreSQL and other libraries: results and plots, the better part of an hour.
+bench: $(VENV)/.bench
+	cd bench && "$(abspath $(BIN))/python" run.py $(ARGS) && "$(abspath $(BIN))/python" plot.py
+
+# A minute, compared with the results that are committed.
+bench-quick: $(VENV)/.bench
+	$(BIN)/python bench/compare.py $(ARGS)
+
 # The model of the slot protocol, its seeded bugs, the memory orders.
-model: programs
+model:
+	tools/need-programs spin
 	python3 tests/model/check.py
 
-# What the long tests need and pip cannot install.
-programs:
-	tools/need-programs spin valgrind strace
 
 test-all: test-3.11 test-3.12 test-3.13
 
@@ -71,6 +79,10 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --upgrade --group dev
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --upgrade --group bench
 	touch $@
 
 # Compiles only what changed since.

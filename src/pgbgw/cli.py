@@ -303,6 +303,26 @@ def _supervisor_pidfd(address: _runtime.Address) -> int:
     )
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from pgbgw import _bench
+
+    unknown = sorted(set(options.names) - _bench.QUESTIONS.keys())
+    if unknown:
+        raise ConfigurationError(
+            f"there is no benchmark {unknown[0]!r}", hint=f"one of {', '.join(_bench.QUESTIONS)}"
+        )
+    lines = []
+    for name in options.names or _bench.QUESTIONS:
+        if not options.json:
+            _say(f"pgbgw: measuring {name}")
+        lines += _bench.measure(_bench.QUESTIONS[name], options.quick)
+    if options.json:
+        _print_json({"figures": lines})
+    else:
+        print("\n".join(_bench.table(lines)))
+    return 0
+
+
 # --- which workers ----------------------------------------------------------------------------
 
 
@@ -484,6 +504,17 @@ def _parser() -> argparse.ArgumentParser:
         default=STOP_TIMEOUT,
         help="default: %(default)g",
     )
+
+    c = command(
+        "bench",
+        _bench,
+        to_json,
+        help="measure this machine",
+        description="Measure what pgbgw's calls, workers and supervisor cost on this machine, with "
+        "supervisors of its own: a minute or two, in quiet surroundings.",
+    )
+    c.add_argument("names", metavar="NAME", nargs="*", help="what to measure (default: all)")
+    c.add_argument("--quick", action="store_true", help="less often: some seconds")
     return parser
 
 
