@@ -63,9 +63,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         marker = item.get_closest_marker("at_least")
-        is_trial = marker is not None or "trial" in getattr(item, "fixturenames", ())
+        is_trial = "trial" in getattr(item, "fixturenames", ())
+        if is_trial:
+            item.user_properties.append((ROW, (0, 0, "", "")))  # of one that never begins
         long_enough = FORMS.index(form) >= FORMS.index(marker.args[0] if marker else "quick")
-        (kept if long_enough and (is_trial or form == "quick") else dropped).append(item)
+        wanted = is_trial or marker is not None or form == "quick"
+        (kept if long_enough and wanted else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
@@ -98,13 +101,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = []
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if isinstance(report, pytest.TestReport) and report.when == "call":
-                properties = dict(report.user_properties)
-                if ROW in properties:
-                    rows.append((sentence(report.nodeid), properties[ROW]))
+    rows = [
+        (sentence(report.nodeid), row)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and (row := row_of(report))
+    ]
     if not rows:
         return
     width = max(len(name) for name, _ in rows)
@@ -113,6 +115,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, (tried, violations, seed, notes) in sorted(rows, key=lambda row: row[0]):
         line = f"{name:{width}}  {tried:>9}  {violations:>10}  {seed:>10}  {notes}"
         terminalreporter.line(line.rstrip())
+
+
+def row_of(report: pytest.TestReport) -> tuple[object, ...] | None:
+    """What the table says of a test: nothing of one that is no trial."""
+    properties = dict(report.user_properties)
+    if ROW in properties and report.skipped and isinstance(report.longrepr, tuple):
+        why = report.longrepr[2].removeprefix("Skipped: ")
+        tried, violations, seed, notes = properties[ROW]
+        return tried, violations, seed, "; ".join(filter(None, [f"skipped: {why}", notes]))
+    return properties.get(ROW) if report.when == "call" else None
 
 
 def sentence(nodeid: str) -> str:

@@ -24,6 +24,8 @@ from support.slot_tables import (  # noqa: E402
     word,
 )
 
+LENGTHS = [1, 96, 128, 512, 513, 1024, 1025, 2048, 2**32 - 1]
+
 
 def main(seed: int, rounds: int) -> None:
     chance = random.Random(seed)
@@ -90,14 +92,19 @@ def visit(t: Table, chance: random.Random) -> None:
 
 
 def damage(t: Table, chance: random.Random) -> None:
-    """Words, records and bitmaps that nobody should have written."""
+    """Words, records and bitmaps that nobody should have written, some in a live client's name."""
+    client = t.client()
     for slot in range(t.nslots):
-        t.set_req(slot, chance.getrandbits(64) if slot % 2 else word(1, 1, slot % 9, slot % 4))
-        t.write_record(slot, chance.randbytes(2048))
+        state, token = chance.randrange(4), chance.choice([0, 0, 1, t.ntokens, t.ntokens + 1])
+        likely = word(t.view.generation(slot), client.cid, token, state)
+        t.set_req(slot, chance.choice([likely, chance.getrandbits(64)]))
+        lengths = {f"{text}_len": chance.choice(LENGTHS) for text in ("name", "entry", "payload")}
+        t.write_record(slot, chance.choice([image(**lengths), chance.randbytes(2048)]))
     for token in range(t.ntokens):
         t.set_token(token, chance.getrandbits(64))
     t.dirty = set(range((t.nslots + 63) // 64 * 64))
     t.settle()
+    t.gone(client)
 
 
 if __name__ == "__main__":

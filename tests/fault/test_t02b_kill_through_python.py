@@ -24,7 +24,7 @@ import pytest
 
 from fix_trials import Trial
 from pgbgw import BackgroundWorker, Client, Flags, HandleStatus, WorkerHandle
-from support.c_library import build_library
+from support.builds import build_library
 from support.processes import Script
 from support.rogues import Rogue
 from support.slot_tables import FREE, READY
@@ -197,7 +197,7 @@ def instructions(addresses: list[int]) -> list[int]:
     return [i for i, (a, b) in enumerate(pairwise([0, *addresses])) if a != b]
 
 
-@pytest.mark.timeout_s(1800)
+@pytest.mark.timeout_s(7200)
 def test_T02b_a_client_killed_at_any_instruction_of_a_call_leaves_nothing_behind(
     trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

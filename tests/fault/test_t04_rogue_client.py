@@ -15,8 +15,9 @@ import pytest
 
 from fix_trials import Trial
 from pgbgw import Client
-from support.c_library import build_library
-from support.honest import HonestClients, Pauses, describe
+from support.builds import build_library
+from support.figures import spread
+from support.honest import HonestClients, Pauses
 from support.processes import Script, is_alive
 from support.rogues import Rogue
 from support.slot_tables import FREE
@@ -59,7 +60,7 @@ def all_free(client: Client, observer: Rogue) -> bool:
     return set(observer.states()) == {FREE}
 
 
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(3600)
 @pytest.mark.parametrize("nslots", [64, pytest.param(4096, marks=LONG)])
 def test_T04_a_rogue_that_writes_at_full_speed_is_survived(
     trial: Trial, tmp_path: Path, nslots: int
@@ -79,7 +80,7 @@ def test_T04_a_rogue_that_writes_at_full_speed_is_survived(
             # In the name of nobody, of itself, and of one who may be there, but never in ours: a
             # claim of a live client's is its own.
             cids = [0, trial.random.randrange(100, 4096), client._view.cid + 1]
-            with HonestClients(client.address, 4, damaged=True) as honest:
+            with HonestClients(client.address, 4, seed, damaged=True) as honest:
                 with Script(_ROGUE, library=library, seed=seed, cids=cids, **told) as rogue:
                     rogue.hear()
                     began = time.monotonic()
@@ -157,7 +158,7 @@ client.close()
 """
 
 
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(3600)
 @pytest.mark.parametrize(
     ("kind", "flood"),
     [
@@ -183,15 +184,17 @@ def test_T04_floods_leave_the_others_their_share(trial: Trial, kind: str, flood:
             ]
             for script in floods:
                 assert script.hear() == "attached"
-            with HonestClients(client.address, 2) as honest:
+            with HonestClients(client.address, 2, trial.seed) as honest:
                 time.sleep(seconds)
             for script in floods:
                 script.say("enough")
             sent = sum(script.hear() for script in floods)
         for wrong in honest.wrong:
             trial.violation(f"an honest client: {wrong}")
+        if not honest.done:
+            trial.violation("no honest client got anything done")
         trial.count(sent)
-        trial.note(f"{honest.done} honest operations, {describe(honest.took)}")
+        trial.note(f"{honest.done} honest operations, {spread(honest.took)}")
         trial.note(str(pauses))
         steady.terminate()
         if steady.wait_until_gone(HANG).exitcode != 1:

@@ -20,9 +20,10 @@ import pytest
 
 from fix_trials import Trial
 from pgbgw import Client, HandleStatus, StartTime, Supervisor, SupervisorDiedError, WorkerHandle
+from support.books import check_log
 from support.control import Log
+from support.figures import spread
 from support.processes import GUARD
-from support.quiet import check_log, spread
 from support.waiters import DIED, KINDS
 from support.waiting import poll_until
 from support.zygote import Fork, Zygote
@@ -211,6 +212,8 @@ def test_T05_a_killed_supervisor_leaves_no_orphan_and_nobody_waiting(
                 break  # orphans stay until the test is over, and some are busy
     check_log(log.text, trial)
     for at_rest, times in killed.measured.items():
-        spreads = ", ".join(f"{name} {spread(values)}" for name, values in times.items())
+        spreads = ", ".join(
+            f"{name} {spread(v / 1e9 for v in values)}" for name, values in times.items()
+        )
         trial.note(f"killed {'at rest' if at_rest else 'forking'}: {spreads}")
-    trial.note(f"starts {spread(killed.starts)} (median/p99/max)")
+    trial.note(f"starts {spread(v / 1e9 for v in killed.starts)}")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,9 +27,8 @@ from pgbgw import (
     SupervisorDiedError,
     WaitTimeoutError,
 )
-from pgbgw._wire import HELLO, PROTOCOL, Message, pack, receive, unpack
 from support.failing_calls import NEXT, FailingCalls
-from support.rogues import raw_connection
+from support.rogues import welcomed
 from support.supervisors import supervisor
 from support.waiting import poll_until
 
@@ -64,27 +61,16 @@ ERRORS = {
 
 
 def attach_and_go(client: Client) -> bool:
-    """Become another connection of this process, and leave; False if the supervisor hangs up."""
-    with raw_connection(client) as sock:
-        message = answer(sock)
-        if message is None or message[0] != Message.CHALLENGE:
-            return False
-        with suppress(BrokenPipeError):
-            body = HELLO.pack(PROTOCOL, 0)
-            sock.send(pack(Message.HELLO, os.getpid(), message[2], body), socket.MSG_NOSIGNAL)
-        message = answer(sock)
-        return message is not None and message[0] == Message.WELCOME
-
-
-def answer(sock: socket.socket) -> tuple[int, int, int, bytes] | None:
-    assert select.select([sock], [], [], HANG)[0], "the supervisor neither answers nor hangs up"
+    """Become another connection of this process, and leave; False if the supervisor hangs up, or
+    listens no more: it is about to end."""
     try:
-        data, fds = receive(sock)
-    except ConnectionResetError:
-        return None
-    for fd in fds:
-        os.close(fd)
-    return unpack(data)
+        sock = welcomed(client)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    if sock is None:
+        return False
+    sock.close()
+    return True
 
 
 def requests(client: Client) -> list[str]:
@@ -161,7 +147,7 @@ class Watched:
             self.trial.violation(f"after {what}: spins, {spent:.2f} s of CPU in 0.25 s")
 
 
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(7200)
 def test_T06_a_system_call_that_fails_costs_at_most_its_own_request(
     trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,13 +172,13 @@ def test_T06_a_system_call_that_fails_costs_at_most_its_own_request(
         watched.recovers("all that")
 
 
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(1800)
 def test_T06_a_start_in_which_a_call_fails_works_or_says_why(
     trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever fails before the first connection is accepted: StartError, and nothing is left."""
     names = ["fork", "mmap", "madvise", "socketpair", "memfd_create", "pidfd_open", "epoll_ctl"]
-    started = failed = 0
+    started = refused = 0
     with FailingCalls.preloaded(tmp_path, monkeypatch) as calls:
         for name in trial.pick([trial.random.choice(names)], names, names):
             for after in range(trial.pick(2, 4, MOST)):
@@ -202,23 +188,28 @@ def test_T06_a_start_in_which_a_call_fails_works_or_says_why(
                 try:
                     client = Supervisor(shared_memory=4096).start()
                 except StartError as exc:
-                    failed += 1
+                    refused += 1
                     if not exc.detail:
                         trial.violation(f"{name} {after + 1}: {exc} does not say why")
                     continue
                 finally:
                     calls.watch(0)
+                    # How often each is called is the supervisor's affair, but not whether.
+                    if after == 0 and not calls.failed:
+                        trial.violation(f"{name} is never called, and has not failed")
                 started += 1
                 outcome = client.register(NOOP).wait_until_gone(HANG)
                 if outcome.exitcode != 0:
                     trial.violation(f"{name} {after + 1}: started, but then: {outcome}")
                 client.stop("fast", timeout=HANG)
                 client.close()
-    trial.note(f"{started} started, {failed} refused")
+    if not refused:
+        trial.violation("no start was refused")
+    trial.note(f"{started} started, {refused} refused")
 
 
 @pytest.mark.leaves_sockets
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(14_400)
 def test_T06_an_allocation_that_fails_leaves_nobody_waiting(
     trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +221,7 @@ def test_T06_an_allocation_that_fails_leaves_nobody_waiting(
     """
     ended = usual = 0
     with FailingCalls.preloaded(tmp_path, monkeypatch, malloc=True) as calls:
-        for _ in range(trial.pick(2, 60, 5000)):
+        for _ in range(trial.pick(2, 60, 2000)):
             client = Supervisor(max_worker_processes=16, shared_memory=4096).start()
             try:
                 requests(client)

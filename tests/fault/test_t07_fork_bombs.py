@@ -10,7 +10,8 @@ import pytest
 
 from fix_trials import Trial
 from pgbgw import HandleStatus
-from support.honest import HonestClients, Pauses, describe
+from support.figures import spread
+from support.honest import HonestClients, Pauses
 from support.supervisors import supervisor
 from support.waiting import poll_until
 
@@ -31,7 +32,7 @@ def session_of(leader: int) -> list[int]:
     return found
 
 
-@pytest.mark.timeout_s(900)
+@pytest.mark.timeout_s(3600)
 @pytest.mark.parametrize(
     "ignores",
     [pytest.param(False, marks=pytest.mark.at_least("fault")), True],
@@ -50,7 +51,7 @@ def test_T07_a_fork_bomb_is_ended_with_all_its_processes(trial: Trial, ignores: 
             leader = bomb.pid
             assert leader is not None
             poll_until(lambda leader=leader: len(session_of(leader)) > 20)
-            with HonestClients(client.address, 1) as honest:
+            with HonestClients(client.address, 1, trial.seed) as honest:
                 time.sleep(trial.pick(0.2, 1.0, 10.0))  # while they work
             for wrong in honest.wrong:
                 trial.violation(f"another worker: {wrong}")
@@ -64,4 +65,4 @@ def test_T07_a_fork_bomb_is_ended_with_all_its_processes(trial: Trial, ignores: 
             trial.count()
         if steady.pid != pid:
             trial.violation("a bystander was hit")
-        trial.note(f"ended: {describe(ends)}; others: {describe(honest.took)}; {pauses}")
+        trial.note(f"ended: {spread(ends)}; others: {spread(honest.took)}; {pauses}")

@@ -346,7 +346,7 @@ def world(directory: Path) -> Iterator[World]:
             it.end()
 
 
-@pytest.mark.timeout_s(3600)
+@pytest.mark.timeout_s(14_400)
 def test_T10_a_live_system_does_what_the_model_says(trial: Trial, tmp_path: Path) -> None:
     directory = Path(os.environ["PGBGW_RUNTIME_DIR"])
     covered: Counter[str] = Counter()

@@ -10,7 +10,7 @@ import pytest
 from fix_trials import Trial
 from pgbgw import Client, Flags, attach
 from support import poll_until
-from support.health import Health, states
+from support.books import Books
 from support.slot_tables import FREE
 from support.supervisors import supervisor
 
@@ -59,22 +59,22 @@ def test_T12_worker_cycles_and_passing_clients_leave_nothing_behind(trial: Trial
     cycles = trial.pick(400, 20_000, 200_000)
     clients = trial.pick(50, 2000, 20_000)
     with supervisor(max_worker_processes=16, max_parallel_workers=2) as client:
-        health = Health(client)
+        books = Books(client)
         live(client, cycles // 4)  # caches fill, arenas are taken
         come_and_go(client.address, 10)
         come_and_die(client.address, 10)
-        poll_until(lambda: states(client) == {FREE})
-        descriptors, memory = health.descriptors, health.memory
+        poll_until(lambda: books.states == {FREE})
+        descriptors, memory = books.descriptors, books.memory
         live(client, cycles)
         come_and_go(client.address, clients)
         come_and_die(client.address, clients // 4)
-        poll_until(lambda: states(client) == {FREE}, message="a slot or token is not given back")
+        poll_until(lambda: books.states == {FREE}, message="a slot or token is not given back")
         trial.count(cycles + clients + clients // 4)
         # The last client to die may not have been noticed yet.
-        poll_until(lambda: health.descriptors == descriptors, message="descriptors are left")
-        assert health.children == 1
+        poll_until(lambda: books.descriptors == descriptors, message="descriptors are left")
+        assert books.children == 1
         assert client.workers() == []
-        growth = health.memory - memory
+        growth = books.memory - memory
         trial.note(f"{growth} bytes more after {cycles} workers and {clients} clients")
         # Less than 64 bytes a cycle, but not less than an arena of Python's allocator.
         if growth >= max(1 << 20, 64 * cycles):

@@ -17,10 +17,10 @@ import pytest
 
 from fix_trials import Trial
 from pgbgw import Client
+from support.books import Books, check_log
 from support.control import Log
 from support.crowd import Crowd, open_worker
 from support.load import INTERRUPTING
-from support.quiet import Books, check_log
 from support.supervisors import supervisor
 from support.zygote import Zygote
 
@@ -100,7 +100,7 @@ def test_T14_a_storm_of_signals_loses_no_exit_and_no_waiter(
     a_second = 5000
     log = Log(capfd)
     with supervisor(max_worker_processes=48, max_parallel_workers=12) as client:
-        books = Books(client)
+        books = Books(client).open()
         with Zygote("support.load", "support.workers") as zygote:
             crowd = Crowd(client, zygote, trial)
             for _ in range(4):

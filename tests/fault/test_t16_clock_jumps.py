@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from fix_trials import Trial
-from support.c_library import build_library
+from support.builds import build_library
 from support.processes import Script
 from support.supervisors import lines
 
@@ -111,7 +111,7 @@ def backoff_least(restart: int) -> float:
     return 0.01 if restart <= 2 else 0.01 * 2 ** (restart - 2) * 0.8
 
 
-@pytest.mark.timeout_s(300)
+@pytest.mark.timeout_s(900)
 def test_T16_jumps_of_the_wall_clock_move_nothing_but_what_is_shown(
     trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

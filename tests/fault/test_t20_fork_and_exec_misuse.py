@@ -12,9 +12,9 @@ from contextlib import suppress
 import pytest
 
 from fix_trials import Trial
+from support.books import Books, check_log
 from support.control import Log
 from support.processes import GUARD
-from support.quiet import Books, check_log
 from support.supervisors import supervisor
 from support.zygote import Fork, Zygote
 
@@ -33,7 +33,7 @@ def misuse(trial: Trial, capfd: pytest.CaptureFixture[str], name: str) -> list[t
     said = []
     log = Log(capfd)
     with supervisor(max_worker_processes=16) as client:
-        books = Books(client)
+        books = Books(client).open()
         with Zygote("support.misuse", "support.workers") as zygote:
             for _ in range(trial.pick(1, 10, 100)):
                 times = trial.pick(3, 10, 10)
@@ -98,10 +98,10 @@ def test_T20_descriptors_closed_in_a_fork_are_the_forks_business(
     ],
 )
 def test_T20_a_worker_that_forks_or_closes_blindly_still_ends_as_itself(
-    trial: Trial, capfd: pytest.CaptureFixture[str], entry: str, code: int
+    trial: Trial, entry: str, code: int
 ) -> None:
     with supervisor(max_worker_processes=16) as client:
-        books = Books(client)
+        books = Books(client).open()
         for _ in range(trial.pick(1, 20, 500)):
             handle = client.register(f"support.misuse_workers:{entry}")
             if entry == "close_all_and_sleep":

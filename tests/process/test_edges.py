@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pgbgw import (
@@ -21,11 +24,19 @@ from pgbgw import (
     InvalidWorkerError,
     Phase,
     Supervisor,
+    _attachment,
     attach,
 )
+from pgbgw._runtime import resolve
+from pgbgw._wire import GRACE, Message, pack
 from pgbgw.client import Client
-from support import poll_until, workers
+from support import edge_workers, poll_until, workers
+from support.books import Books
+from support.control import paused, processes
+from support.processes import kill_supervisor
 from support.supervisors import lines, supervisor
+
+NEVER_RUNNING = "support.workers:sleep_until_stopped"  # as the startup worker
 
 
 def environ() -> dict[str, str]:
@@ -242,3 +253,152 @@ def test_more_stop_signals_than_one_do_not_spoil_the_exit_status(runtime_dir: Pa
         while server.poll() is None:
             server.send_signal(signal.SIGINT)
         assert server.returncode == 0
+
+
+def test_a_grace_that_comes_before_its_terminate_bit_finds_a_worker_behind_thousands() -> None:
+    """One message must not be lost, nor have the supervisor look at all others first."""
+    with supervisor(max_worker_processes=2048, startup=NEVER_RUNNING) as client:
+        with paused(client):
+            last = [client.register(workers.ignore_sigterm) for _ in range(1500)][-1]
+            # The first half of terminate(grace=1): the client may be held up before the second.
+            grace = pack(Message.TERMINATE, last.slot, last.generation, GRACE.pack(10**9))
+            assert client._channels.send(grace)
+        assert last.wait_until_gone(30).kind == "cancelled"
+
+
+def test_a_fast_stop_without_a_descriptor_to_spare_is_one_all_the_same() -> None:
+    """The group of a worker that was terminated before is signalled by way of a descriptor."""
+    with supervisor() as client:
+        deaf = client.register(workers.ignore_sigterm)
+        obedient = client.register(workers.sleep_until_stopped)
+        for worker in (deaf, obedient):
+            worker.wait_for_ready(30)
+        deaf.terminate()
+        deaf_pid, supervisor_pid = deaf.pid, client.supervisor_pid
+        assert deaf_pid is not None
+        resource.prlimit(supervisor_pid, resource.RLIMIT_NOFILE, (3, 3))
+        with ThreadPoolExecutor(1) as pool:
+            stopping = pool.submit(client.stop, "fast", timeout=30)
+            assert obedient.wait_until_gone(30).exitcode == 1
+            os.kill(deaf_pid, signal.SIGKILL)
+            stopping.result(30)
+
+
+def test_a_process_that_attaches_and_hangs_up_for_ever_takes_no_more_than_its_share() -> None:
+    with supervisor() as client:
+        address = resolve(client.address)
+        before = Books(client).descriptors
+        for _ in range(300):
+            attachment = _attachment.connect(address, time.monotonic() + 30, first=True)
+            attachment.close_segments()
+            os.close(attachment.supervisor)
+            attachment.sock.close()
+        assert Books(client).descriptors < before + 20
+
+
+def test_a_worker_that_asks_for_clients_for_ever_takes_no_more_than_its_share() -> None:
+    with supervisor() as client:
+        before = Books(client).descriptors
+        worker = client.register(edge_workers.ask_for_clients, 300, flags=Flags.SHMEM_ACCESS)
+        assert worker.wait_until_gone(60).exitcode == 0
+        poll_until(lambda: Books(client).descriptors <= before)
+
+
+def test_a_client_that_could_not_say_goodbye_is_gone_when_its_process_attaches_again() -> None:
+    with supervisor() as owner:
+        before = Books(owner).descriptors
+        code = f"""
+from pgbgw import attach
+from support.control import paused
+for _ in range(20):
+    client = attach({owner.address!r})
+    worker = client.register("support.workers:noop")
+    with paused(client):
+        try:
+            while True:  # until there is no room for a goodbye
+                client._channels._sock.send(b"x" * 16, {int(socket.MSG_DONTWAIT)})
+        except BlockingIOError:
+            client.close()
+attach({owner.address!r})
+print("attached", flush=True)
+input()
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environ(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"attached\n"
+            poll_until(lambda: Books(owner).descriptors <= before + 4)
+            other.communicate(b"\n")
+
+
+@pytest.mark.leaves_sockets
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes its group")
+def test_a_worker_that_has_changed_its_group_does_not_outlive_the_supervisor() -> None:
+    with supervisor() as client:
+        worker = client.register(edge_workers.become_somebody_else)
+        worker.wait_for_ready(30)
+        with processes(worker.pid) as (process,):
+            kill_supervisor(client)
+            poll_until(lambda: process.gone)
+
+
+@pytest.mark.leaves_sockets
+def test_a_worker_that_is_forked_while_the_supervisor_dies_does_not_outlive_it() -> None:
+    """It arms the parent-death signal first: too late here.  Then it looks who its parent is."""
+    with supervisor(preload=["support.slow_to_fork"]) as client:
+        process = psutil.Process(client.supervisor_pid)
+        before = {child.pid for child in process.children()}
+        client.register(workers.sleep_until_stopped)
+        (pid,) = poll_until(lambda: {child.pid for child in process.children()} - before)
+        with processes(pid) as (forked,):
+            kill_supervisor(client)
+            poll_until(lambda: forked.gone)
+
+
+def test_a_worker_that_closes_its_streams_ends_as_it_says() -> None:
+    with supervisor() as client:
+        for code in (0, 3):
+            worker = client.register(edge_workers.close_the_streams, code)
+            assert worker.wait_until_gone(30).exitcode == code
+
+
+def test_a_thread_that_attaches_in_vain_holds_up_no_other_address() -> None:
+    with supervisor() as stopped, supervisor() as other, ThreadPoolExecutor(1) as pool:
+        address = stopped.address
+        code = f"""
+import threading
+from pgbgw import AttachError, attach
+def try_it():
+    try:
+        attach({address!r}, timeout=5)
+    except AttachError:
+        print("in vain", flush=True)
+thread = threading.Thread(target=try_it)
+thread.start()
+attach({other.address!r}, timeout=60).close()
+try:
+    attach({address!r}, timeout=0.1)
+except AttachError as exc:
+    print(exc.detail, flush=True)
+thread.join()
+"""
+        with paused(stopped):
+            done = pool.submit(
+                subprocess.run, [sys.executable, "-c", code], env=environ(), capture_output=True
+            ).result(50)
+        assert done.stdout.decode().split("\n") == [
+            "another thread is attaching there",
+            "in vain",
+            "",
+        ]
+
+
+def test_signals_that_ask_for_nothing_do_not_end_a_supervisor() -> None:
+    with supervisor() as client:
+        for signum in signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGRTMIN:
+            os.kill(client.supervisor_pid, signum)
+        assert client.register(workers.noop).wait_until_gone(30).exitcode == 0

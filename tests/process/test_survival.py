@@ -30,8 +30,8 @@ from pgbgw import (
 from pgbgw._wire import GRACE, HEAD, HELLO, PROTOCOL, Message, pack, unpack
 from pgbgw.worker import MAX_RESTART_TIME
 from support import poll_until
+from support.books import Books
 from support.control import Startup, paused
-from support.health import Health, states
 from support.processes import Script, kill_supervisor
 from support.rogues import Rogue, raw_connection
 from support.slot_tables import FREE
@@ -92,9 +92,9 @@ def test_clients_killed_at_any_moment_leave_nothing_behind() -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     with supervisor(max_worker_processes=32, max_parallel_workers=8) as client:
-        health = Health(client)
+        books = Books(client)
         assert_works(client)
-        descriptors = health.descriptors
+        descriptors = books.descriptors
         clients: list[int] = []
         for n in range(50):
             clients.append(forked_client(client.address, seed + n))
@@ -116,11 +116,11 @@ def test_clients_killed_at_any_moment_leave_nothing_behind() -> None:
             announce any more is found by the sweep."""
             for info in client.workers():
                 client.handle(info).terminate()
-            return states(client) == {FREE}
+            return books.states == {FREE}
 
         poll_until(nothing_left)
-        poll_until(lambda: health.descriptors == descriptors, message="descriptors")
-        poll_until(lambda: health.children == 1, message="children")
+        poll_until(lambda: books.descriptors == descriptors, message="descriptors")
+        poll_until(lambda: books.children == 1, message="children")
         assert_works(client)
 
 
@@ -129,8 +129,8 @@ def test_clients_killed_while_they_attach_leave_nothing_behind() -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     with supervisor() as client:
-        health = Health(client)
-        descriptors = health.descriptors
+        books = Books(client)
+        descriptors = books.descriptors
         for _ in range(60):
             pid = os.fork()
             if pid == 0:
@@ -142,7 +142,7 @@ def test_clients_killed_while_they_attach_leave_nothing_behind() -> None:
             time.sleep(rng.random() * 0.01)  # in the middle of the first attachment, or of a later
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        poll_until(lambda: health.descriptors == descriptors)
+        poll_until(lambda: books.descriptors == descriptors)
         assert_works(client)
 
 
@@ -250,7 +250,7 @@ def test_an_inbox_full_of_garbage_is_put_right(pattern: str) -> None:
         for handle in steady:
             handle.terminate()
             assert handle.wait_until_gone(30).exitcode == 1
-        poll_until(lambda: states(client) == {FREE})
+        poll_until(lambda: Books(client).states == {FREE})
         assert gone.status() is HandleStatus.STOPPED
         assert_works(client)
 
@@ -350,10 +350,10 @@ def malformed() -> Iterator[bytes]:
 
 def test_malformed_and_unknown_messages_are_ignored() -> None:
     with supervisor(max_worker_processes=8) as client:
-        health = Health(client)
+        books = Books(client)
         steady = client.register(SLEEP)
         assert steady.wait_for_ready(30) is HandleStatus.STARTED
-        descriptors = health.descriptors
+        descriptors = books.descriptors
         with raw_connection(client) as early, raw_connection(client) as welcomed:
             assert hello(welcomed) == Message.WELCOME
             for message in malformed():
@@ -372,7 +372,7 @@ def test_malformed_and_unknown_messages_are_ignored() -> None:
             welcomed.send(b"")
             poll_until(lambda: hung_up(welcomed))
         assert_works(client)
-        poll_until(lambda: health.descriptors == descriptors)
+        poll_until(lambda: books.descriptors == descriptors)
         assert steady.status() in (HandleStatus.STARTED, HandleStatus.STOPPED)
 
 
@@ -387,14 +387,14 @@ def test_who_is_not_whom_he_says_is_turned_away(wrong: str) -> None:
 
 def test_a_descriptor_that_a_client_sends_along_does_not_arrive() -> None:
     with supervisor() as client, raw_connection(client) as sock:
-        health = Health(client)
+        books = Books(client)
         assert hello(sock) == Message.WELCOME
-        descriptors = health.descriptors
+        descriptors = books.descriptors
         for _ in range(20):
             with contextlib.suppress(PermissionError):  # what newer kernels say
                 socket.send_fds(sock, [pack(Message.KICK)], [0])
         assert_works(client)
-        assert health.descriptors == descriptors
+        assert books.descriptors == descriptors
 
 
 _FLOOD = """
@@ -466,8 +466,8 @@ def test_a_client_that_never_reads_loses_its_messages_and_nothing_else() -> None
 
 def test_thousands_of_subscriptions_are_kept_and_given_up() -> None:
     with supervisor(max_worker_processes=4096) as client:
-        health = Health(client)
-        descriptors = health.descriptors
+        books = Books(client)
+        descriptors = books.descriptors
         with ExitStack() as stack:
             socks = [stack.enter_context(raw_connection(client)) for _ in range(4)]
             for sock in socks:
@@ -496,7 +496,7 @@ def test_thousands_of_subscriptions_are_kept_and_given_up() -> None:
             for sock in socks:
                 poll_until(lambda sock=sock: told(sock))
             assert_works(client)
-        poll_until(lambda: health.descriptors == descriptors)
+        poll_until(lambda: books.descriptors == descriptors)
         assert_works(client)
 
 

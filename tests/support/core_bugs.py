@@ -1,8 +1,8 @@
 """Bugs to seed into the slot protocol, each a replaced piece of a header's text.
 
 A suite that finds none of them shows nothing.  Every bug names the programs of tests/fault/core/
-that must find it, for killstep with the operation that shows it; tests/meta/test_core_bugs.py keeps
-the table true to the headers.
+that must find it, for killstep with the operation that shows it, for images with the variant of the
+build; tests/meta/test_core_bugs.py keeps the table true to the headers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Bug(NamedTuple):
     header: str
     old: str
     new: str
-    found_by: dict[str, str]  # program: operation
+    found_by: dict[str, str]  # program: operation, or variant
     more: tuple[tuple[str, str], ...] = ()  # further replacements
 
     def seed(self, text: str) -> str:
@@ -176,6 +176,26 @@ BUGS = {
         "*p = (slot_t) {.generation = p->generation + 1};",
         "*p = (slot_t) {.generation = 1 + word_generation(load_acquire(&s->m.controls[x].req))};",
         {"images": ""},
+    ),
+    # --- the sweep --------------------------------------------------------------------------
+    "short-slice-taken-for-whole": Bug(
+        SUPERVISOR,
+        "    for (uint32_t i = 0; i < max && i < s->m.g.nslots && n < SLICE_EVENTS; i++) {\n",
+        "    uint64_t whole = s->swept + (max < s->m.g.nslots ? max : s->m.g.nslots);\n\n"
+        "    for (uint32_t i = 0; i < max && i < s->m.g.nslots && n < SLICE_EVENTS; i++) {\n",
+        {"images": "short-slices"},
+        more=(
+            (
+                "    if (n == SLICE_EVENTS && s->swept >= s->sweep_until)\n",
+                "    s->swept = whole;\n    if (n == SLICE_EVENTS && s->swept >= s->sweep_until)\n",
+            ),
+        ),
+    ),
+    "short-slice-asks-for-no-more": Bug(
+        SUPERVISOR,
+        "    if (n == SLICE_EVENTS && s->swept >= s->sweep_until)\n",
+        "    if (n > SLICE_EVENTS)\n",
+        {"images": "short-slices"},
     ),
     # --- memory -----------------------------------------------------------------------------
     "record-never-freed": Bug(

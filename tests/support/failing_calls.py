@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from support.c_library import build_library
+from support.builds import build_library
 
 # In the order of failing_calls.c.
 NAMES = (

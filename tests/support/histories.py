@@ -34,7 +34,7 @@ REGISTER, TERMINATE, QUERY = 1, 2, 3
 PAGE = 4096
 BOARD = PAGE - 64  # of each client's page: the handles it made last
 STATUSES = list(HandleStatus)
-SHOWN = (
+STATUS_OF = (
     HandleStatus.NOT_YET_STARTED,
     HandleStatus.NOT_YET_STARTED,
     HandleStatus.STARTED,
@@ -190,7 +190,7 @@ def look(handle: SlotHandle, plainly: bool) -> tuple[int, int]:
     if plainly:
         return STATUSES.index(handle.status()), NOT_ASKED
     generation, state, _, pid = handle._view.status(handle.slot)
-    shown = SHOWN[state] if generation == handle.generation else HandleStatus.STOPPED
+    shown = STATUS_OF[state] if generation == handle.generation else HandleStatus.STOPPED
     return STATUSES.index(shown), pid if shown is HandleStatus.STARTED else 0
 
 

@@ -1,6 +1,6 @@
 """Clients that do nothing wrong, to see how they get on while others do; and the loop's pauses.
 
-with HonestClients(client.address, 4) as honest:
+with HonestClients(client.address, 4, trial.seed) as honest:
     ...
 trial.count(honest.done)
 """
@@ -23,21 +23,22 @@ SLEEP = "support.workers:sleep_until_stopped"
 
 _LIVE = """
 from support.honest import live
-live(test, address, damaged)
+live(test, address, damaged, seed)
 """
 
 
-def live(test: Connection, address: str, damaged: bool) -> None:
+def live(test: Connection, address: str, damaged: bool, seed: int) -> None:
     """Register, wait, terminate, wait, until told to stop; then report.
 
     damaged: somebody writes into the inbox, and what is registered may be lost; but nothing hangs.
     """
+    chance = random.Random(seed)
     client = attach(address)
     test.send("attached")
     done, took, wrong = 0, [], []
     patience = 0.05 if damaged else HANG
     while not test.poll():
-        entry = random.choice([NOOP, NOOP, SLEEP])
+        entry = chance.choice([NOOP, NOOP, SLEEP])
         began = time.monotonic()
         try:
             worker = client.try_register(entry)
@@ -69,8 +70,9 @@ def live(test: Connection, address: str, damaged: bool) -> None:
 class HonestClients:
     """So many of them, each in a process of its own, until the block ends."""
 
-    def __init__(self, address: str, clients: int, *, damaged: bool = False) -> None:
-        self._address, self._clients, self._damaged = address, clients, damaged
+    def __init__(self, address: str, clients: int, seed: int, *, damaged: bool = False) -> None:
+        self._address, self._clients, self._seed = address, clients, seed
+        self._damaged = damaged
         self._scripts: list[Script] = []
         self._stack = ExitStack()
         self.done = 0
@@ -79,8 +81,8 @@ class HonestClients:
 
     def __enter__(self) -> HonestClients:
         with ExitStack() as stack:
-            for _ in range(self._clients):
-                told = {"address": self._address, "damaged": self._damaged}
+            for n in range(self._clients):
+                told = {"address": self._address, "damaged": self._damaged, "seed": self._seed + n}
                 self._scripts.append(stack.enter_context(Script(_LIVE, **told)))
             for script in self._scripts:
                 assert script.hear() == "attached"
@@ -109,17 +111,6 @@ class HonestClients:
                 self.stop()
         finally:
             self._stack.__exit__(exc_type, exc, traceback)
-
-
-def describe(seconds: list[float]) -> str:
-    if not seconds:
-        return "nothing done"
-    ordered = sorted(seconds)
-    p99 = ordered[len(ordered) * 99 // 100]
-    return (
-        f"median {ordered[(len(ordered) - 1) // 2] * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, "
-        f"max {ordered[-1] * 1e3:.1f} ms"
-    )
 
 
 class Pauses:

@@ -6,12 +6,14 @@ import ctypes
 import mmap
 import os
 import random
+import select
 import socket
 import time
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from pgbgw import Client, _attachment, _runtime, _slots
-from pgbgw._wire import HEAD, Message, pack
+from pgbgw._wire import HEAD, HELLO, PROTOCOL, Message, pack, receive, unpack
 from support.slot_tables import AT_NFREE, AT_SLEEP, CLAIMED, FREE, READY, Word, parts, word
 
 GUARD = 30.0  # seconds
@@ -153,3 +155,32 @@ def raw_connection(client: Client) -> socket.socket:
         return _runtime.connect(address, dirfd)
     finally:
         os.close(dirfd)
+
+
+def hear(sock: socket.socket) -> tuple[int, int, int, bytes] | None:
+    """The next message, without descriptors that come along; None if the supervisor hangs up."""
+    assert select.select([sock], [], [], GUARD)[0], "the supervisor neither answers nor hangs up"
+    try:
+        data, fds = receive(sock)
+    except ConnectionResetError:
+        return None
+    for fd in fds:
+        os.close(fd)
+    return unpack(data)
+
+
+def welcomed(client: Client) -> socket.socket | None:
+    """A further connection of this process, admitted; None if the supervisor hangs up."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(raw_connection(client))
+        challenge = hear(sock)
+        if challenge is None or challenge[0] != Message.CHALLENGE:
+            return None
+        with suppress(BrokenPipeError):
+            body = HELLO.pack(PROTOCOL, 0)
+            sock.send(pack(Message.HELLO, os.getpid(), challenge[2], body), socket.MSG_NOSIGNAL)
+        answer = hear(sock)
+        if answer is None or answer[0] != Message.WELCOME:
+            return None
+        stack.pop_all()
+        return sock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import select
 
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
@@ -46,5 +47,6 @@ def send_from(fd: int, page: int) -> None:
 
 
 def receive_into(fd: int, page: int) -> None:
-    """Receive a message into the page: never returns once there is one."""
+    """Wait for a message, and receive it into the page: never returns."""
+    select.select([fd], [], [])  # the socket does not block
     _libc.recv(fd, page, 64, 0)

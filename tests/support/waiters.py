@@ -68,18 +68,22 @@ KINDS = {f.__name__.strip("_"): f for f in (_shutdown, _startup, _gone, _several
 
 
 def registrar(test: Connection) -> None:
-    """Register short workers without pause at each address; "registering", then (when it noticed
-    the supervisor's death, "died")."""
+    """Start workers without pause at each address, which end soon, but not without us: who misses
+    the supervisor's death stays.  "registering", then (when it noticed the death, "died")."""
     while (address := test.recv()) is not None:
         client = attach(address)
         test.send("registering")
         try:
             while True:
-                if client.try_register(NOOP, start_time=StartTime.SUPERVISOR_START) is None:
+                handle = client.try_register(DEAF, start_time=StartTime.SUPERVISOR_START)
+                if handle is None:
                     time.sleep(0.0005)
+                else:
+                    handle.wait_for_startup()
+                    handle.terminate(grace=0.05)
         except SupervisorDiedError:
             test.send((time.monotonic_ns(), DIED))
         client.close()
 
 
-NOOP = "support.workers:noop"
+DEAF = "support.storm_workers:deaf"

@@ -7,10 +7,10 @@ times; in such a build, all the time.  It can be given a bug as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from support.extension_builds import build_extensions, copy_package
+from support.builds import build_extensions, copy_package
+from support.core_bugs import Bug
 
 _GIVE_WAY = """
 static inline void
@@ -32,8 +32,8 @@ typedef _Atomic uint64_t word_t;
 _ACCESS = re.compile(r"^#define ((?:load|store|exchange|or|and)_\w+\(p(?:, v)?\))\s+(.*)$", re.M)
 
 
-def build_yielding_core(directory: Path, edits: Iterable[tuple[str, str]] = ()) -> Path:
-    """Build a copy with these texts of its headers replaced; what belongs on PYTHONPATH."""
+def build_yielding_core(directory: Path, bug: Bug | None = None) -> Path:
+    """Build a copy, with a seeded bug or none; what belongs on PYTHONPATH."""
     package = copy_package(directory)
     header = package / "_slots.h"
     text = header.read_text()
@@ -47,7 +47,7 @@ def build_yielding_core(directory: Path, edits: Iterable[tuple[str, str]] = ()) 
     )
     assert text.count("give_way();") == 1
     header.write_text(text)
-    for old, new in edits:
-        [name] = [p for p in package.glob("_slots*.h") if p.read_text().count(old) == 1]
-        name.write_text(name.read_text().replace(old, new))
+    if bug is not None:
+        header = package / bug.header
+        header.write_text(bug.seed(header.read_text()))
     return build_extensions(directory)

@@ -255,6 +255,16 @@ act(const event_t *events, uint32_t n, uint32_t max)
     }
 }
 
+/* A slice.  One that ends early must say so: else the rest waits for the leisurely sweep. */
+static uint32_t
+sweep(uint32_t max, event_t *events)
+{
+    uint32_t n = supervisor_sweep(&s, max, NOW, events);
+
+    PROMISE(n < SLICE_EVENTS || s.swept < s.sweep_until, "%u events, and no more is asked for", n);
+    return n;
+}
+
 static void
 look(void)
 {
@@ -265,7 +275,7 @@ look(void)
     if (below(2))
         act(events, supervisor_drain(&s, max, NOW, events), max);
     else
-        act(events, supervisor_sweep(&s, max, NOW, events), max);
+        act(events, sweep(max, events), max);
     free(events);
 }
 
@@ -353,7 +363,7 @@ recover(void)
             ;
         supervisor_request_sweep(&s);
         while (s.swept < s.sweep_until)
-            supervisor_sweep(&s, nslots, NOW, events);
+            sweep(1 + (uint32_t) below(nslots), events);
     }
     for (uint32_t x = 0; x < nslots; x++)
         if (s.slots[x].record)

@@ -1,4 +1,5 @@
-"""A supervisor's books after a storm: is everything given back, and does everybody agree?"""
+"""A supervisor's books: what it holds, and after a storm, whether all is given back and everybody
+agrees."""
 
 from __future__ import annotations
 
@@ -19,18 +20,40 @@ PATIENCE = 60.0  # seconds: a guard
 
 
 class Books:
-    """What a supervisor holds; to be opened while nothing has happened yet."""
+    """What a supervisor holds: descriptors, children, memory, slots and tokens."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self.supervisor = psutil.Process(client.supervisor_pid)
-        self._run_one()
-        self.descriptors = self.supervisor.num_fds()
-        self.memory = self.used()
+        self._descriptors = -1  # when they were opened
 
-    def used(self) -> int:
-        """Bytes that are the supervisor's alone."""
+    @property
+    def descriptors(self) -> int:
+        return self.supervisor.num_fds()
+
+    @property
+    def children(self) -> int:
+        """The log's relay is one."""
+        return len(self.supervisor.children())
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are its alone, so that what it shares with workers does not count."""
         return int(self.supervisor.memory_full_info().uss)
+
+    @property
+    def states(self) -> set[int]:
+        """Of all slots and tokens."""
+        with Rogue.of(self._client) as observer:
+            return set(observer.states())
+
+    # --- a storm ----------------------------------------------------------------------------
+
+    def open(self) -> Books:
+        """Run a worker, and note what is held while nothing else has happened yet."""
+        self._run_one()
+        self._descriptors = self.descriptors
+        return self
 
     def _run_one(self) -> None:
         worker = self._client.register("support.workers:exit_with", 7)
@@ -86,10 +109,10 @@ class Books:
 
     def _only_the_relay(self) -> bool:
         """No zombie, no worker: the log's relay is the one child."""
-        return len(self.supervisor.children()) == 1
+        return self.children == 1
 
     def _descriptors_as_before(self) -> bool:
-        return self.supervisor.num_fds() == self.descriptors
+        return self.descriptors == self._descriptors
 
 
 @contextmanager
@@ -107,12 +130,3 @@ def check_log(text: str, trial: Trial) -> None:
         if surprise in text:
             at = text.index(surprise)
             trial.violation(f"in the log: {text[max(0, at - 300) : at + 1500]}")
-
-
-def spread(nanoseconds: Iterable[float]) -> str:
-    """Median, 99th percentile and maximum, in milliseconds."""
-    values = sorted(nanoseconds)
-    if not values:
-        return "none"
-    picked = (values[len(values) // 2], values[len(values) * 99 // 100], values[-1])
-    return "/".join(f"{value / 1e6:.2f}" for value in picked) + " ms"

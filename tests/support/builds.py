@@ -1,4 +1,4 @@
-"""Builds of the extensions for one test alone, away from the tree: sanitized, or with a bug."""
+"""What tests compile: C that they run or load, and builds of the extensions for one test alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "tests" / "support"
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def compile_c(source: Path, target: Path, *flags: str) -> Path:
+    """Compile one file, without a warning; skip the test without a compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    command = [compiler, *WARNINGS, str(source), "-o", str(target), *flags]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def build_library(source: str, directory: Path) -> Path:
+    """Compile tests/support/`source` to a shared library, to be loaded into processes."""
+    target = (directory / source).with_suffix(".so")
+    return compile_c(SOURCES / source, target, "-std=gnu11", "-O2", "-shared", "-fPIC", "-ldl")
+
+
+# --- the extensions, away from the tree: sanitized, or with a bug ---------------------------------
 
 
 def build_extensions(target: Path, **switches: str) -> Path:
