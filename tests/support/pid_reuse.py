@@ -70,7 +70,7 @@ class Town:
                     self.ask(handle)
                     if handle.status() is not HandleStatus.STOPPED or handle.pid is not None:
                         wrong.append(f"{handle!r} is {handle.status()}, pid {handle.pid}")
-            client.stop("fast", timeout=30)
+            client.stop("immediate", timeout=60)  # some are deaf to anything less
         self.end_strangers()
         return {
             "rounds": self.rounds,
