@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 import signal
 import time
 from collections import deque
@@ -178,7 +177,7 @@ def _start_error(directory: str) -> Iterator[None]:
 def _make_locked(base: int) -> tuple[str, int]:
     """A new group and a descriptor of it that holds its lock."""
     while True:
-        name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+        name = f"{PREFIX}{os.getpid()}-{os.urandom(8).hex()}"
         os.mkdir(name, 0o700, dir_fd=base)
         with suppress(FileNotFoundError):
             fd = _open(base, name)

@@ -17,6 +17,7 @@ import logging
 import math
 import mmap
 import os
+import pickle  # noqa: F401  # never called here: a fork of the supervisor need not load it
 import resource
 import select
 import signal
@@ -75,15 +76,9 @@ class Worker:
     worker: BackgroundWorker
     """The registration (MyBgworkerEntry); its arguments are those the entry was called with."""
 
-    def __init__(
-        self,
-        record: BackgroundWorker,
-        assignment: Assignment,
-        surroundings: Surroundings,
-        channel: socket.socket,
-    ) -> None:
-        self.worker = record
-        self._assignment = assignment
+    _assignment: Assignment
+
+    def __init__(self, surroundings: Surroundings, channel: socket.socket) -> None:
         self._surroundings = surroundings
         self._channel = channel
         self._pid = os.getpid()
@@ -351,7 +346,7 @@ class Worker:
             self._on_reload()
 
     def _install_handlers(self) -> None:
-        """The table of signals; then what was held back since the fork comes in."""
+        """The table of signals.  What is held back since the fork comes in later: _set_up()."""
         _kernel.install_quit_handler()
         signal.signal(signal.SIGTERM, self._handle_terminate)
         sys.unraisablehook = self._handle_ignored
@@ -413,30 +408,50 @@ def run_forked(
 ) -> NoReturn:
     """StartBackgroundWorker in a fork of the supervisor.  Never returns."""
     atexit._clear()  # those of the supervisor are none of ours
-    _start(surroundings, assignment, record, channel)
+    _start(_prepare(surroundings, channel), assignment, record)
+
+
+def run_spare(surroundings: Surroundings, epoch: int, channel: socket.socket) -> NoReturn:
+    """Get ready in a fork of the supervisor, and wait for a worker to be.  Never returns."""
+    atexit._clear()
+    _await_launch(_prepare(surroundings, channel), epoch)
 
 
 def background_worker_entry(channel_fd: str) -> NoReturn:
-    """BackgroundWorkerEntry: a fresh interpreter finds its assignment and its record."""
+    """BackgroundWorkerEntry: a fresh interpreter finds its surroundings and then its worker."""
     channel = socket.socket(fileno=int(channel_fd))
     os.set_inheritable(channel.fileno(), False)
     told = json.loads(channel.recv(1 << 20)[HEAD.size :])
-    record = channel.recv(1 << 16)[HEAD.size :]
     surroundings = Surroundings(**{**told["surroundings"], "environ": dict(os.environ)})
-    assignment = Assignment(**told["assignment"])
-    for fd in (surroundings.workers_lock, assignment.memory):
-        if fd >= 0:
-            os.set_inheritable(fd, False)
-    _start(surroundings, assignment, record, channel)
+    os.set_inheritable(surroundings.workers_lock, False)
+    _await_launch(_prepare(surroundings, channel), told["epoch"])
 
 
-def _start(
-    surroundings: Surroundings, assignment: Assignment, record: bytes, channel: socket.socket
-) -> NoReturn:
-    global _current, _process
-    worker = Worker(BackgroundWorker._from_record(record), assignment, surroundings, channel)
-    _current, _process = worker, worker._pid
-    worker._install_handlers()
+def _await_launch(worker: Worker, epoch: int) -> NoReturn:
+    _rehearse(worker)
+    data, fds = receive(worker._channel)
+    if not data:
+        os._exit(0)  # the supervisor has gone
+    _start(worker, *Assignment.from_message(epoch, data, fds))
+
+
+def _rehearse(worker: Worker) -> None:
+    """Do in vain what a launch does: what it writes to is this process's own memory then, and no
+    copy of the supervisor's has to be made when somebody waits for it."""
+    record = BackgroundWorker(entry="pgbgw:current_worker", args=("",), env={"A": ""})._record
+    _, record = Assignment.from_message(0, Assignment(0, 0, 0, -1).message(record), ())
+    rehearsed = BackgroundWorker._from_record(record)
+    rehearsed._load_env()
+    lookup_function(str(rehearsed.entry))
+    rehearsed._load_arguments()
+    _set_title(rehearsed.name, "")
+
+
+def _start(worker: Worker, assignment: Assignment, record: bytes) -> NoReturn:
+    global _current
+    worker.worker = BackgroundWorker._from_record(record)
+    worker._assignment = assignment
+    _current = worker
     os._exit(_run(worker))
 
 
@@ -462,19 +477,27 @@ def _call_entry(worker: Worker) -> int:
         return _report(worker, exc)
 
 
-def _set_up(worker: Worker) -> None:
-    """The surroundings; stop signals, held back since the fork, come in from here on."""
-    surroundings = worker._surroundings
+def _prepare(surroundings: Surroundings, channel: socket.socket) -> Worker:
+    """What a process needs whatever worker it is to be.  Stop signals stay blocked."""
+    global _process
     _log.setup_worker(surroundings.log_level)
     resource.setrlimit(resource.RLIMIT_NOFILE, surroundings.open_files)
     os.register_at_fork(after_in_child=_bind_to_parent)
     os.environ["PGBGW_ADDRESS"] = surroundings.address
+    gc.freeze()  # what came with the fork need not be looked at, and so copied, again
+    worker = Worker(surroundings, channel)
+    _process = worker._pid
+    worker._install_handlers()
+    return worker
+
+
+def _set_up(worker: Worker) -> None:
+    """The surroundings; stop signals, held back since the fork, come in from here on."""
     os.environ.update(worker.worker._load_env())
     _set_title(worker.worker.name, "")
-    gc.freeze()  # what came with the fork need not be looked at, and so copied, again
-    if surroundings.delay > 0:
-        time.sleep(surroundings.delay)  # post_auth_delay: time to attach a debugger
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
+    if worker._surroundings.delay > 0:
+        time.sleep(worker._surroundings.delay)  # post_auth_delay: time to attach a debugger
+    _kernel.unblock_signals(BLOCKED_SIGNALS)
     if worker.worker.flags & Flags.SHMEM_ACCESS:
         worker._tell(Message.ATTACHED)
 

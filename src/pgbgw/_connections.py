@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import resource
-import secrets
 import socket
 import struct
 import time
@@ -78,7 +77,7 @@ class Connection:
         self.fd = sock.fileno()
         self.pid = pid
         self.pidfd = pidfd  # until the process has it
-        self.nonce = secrets.randbits(64)
+        self.nonce = int.from_bytes(os.urandom(8), "little")
         self.process: ClientProcess | None = None
         self.slots: set[int] = set()  # subscribed to
         self.overflowed = False

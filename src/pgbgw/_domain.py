@@ -92,7 +92,7 @@ class CrashDomain:
         worker = BackgroundWorker(entry=self._startup, name="startup", flags=Flags.SHMEM_ACCESS)
         assignment = Assignment(self._epoch, -1, 0, self.memory)
         try:
-            self.startup_child = self._table.launch(
+            self.startup_child = self._table.launcher.launch(
                 assignment, worker._record, self._startup_exited, self._startup_heard
             )
         except OSError as exc:
@@ -107,7 +107,7 @@ class CrashDomain:
     def _startup_heard(self) -> None:
         if self.startup_child is None:
             return
-        for type, _ in self._table.read(self.startup_child, 64):
+        for type, _ in self._table.launcher.read(self.startup_child, 64):
             if type == Message.CONSISTENT:
                 if self._recovery is not None:
                     self._recovery = Phase.CONSISTENT
@@ -119,12 +119,12 @@ class CrashDomain:
         child = self.startup_child
         if child is None:
             return
-        self._table.read(child, LAST_WORDS)
+        self._table.launcher.read(child, LAST_WORDS)
         status = child.reap(self._table.signal_for_leftovers(None))
         if status is None:
             return
         exitcode, signum = status
-        self._table.unwatch(child)
+        self._table.launcher.unwatch(child)
         self.startup_child = None
         log_exit("startup worker", exitcode, signum)
         if self._winding_down or self.stopping:

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-import subprocess
+import struct
 import sys
 import time
 from array import array
@@ -68,6 +68,8 @@ def interpreter_command(module: str, function: str, path: Sequence[str], *args: 
     The module search path is handed on as it is, the flags of this interpreter too; nothing is
     added to the path and the user's `__main__` is not run.
     """
+    import subprocess  # not for a supervisor that forks
+
     code = (
         "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
         f"from {module} import {function}; {function}(*sys.argv[2:])"
@@ -95,15 +97,34 @@ class Surroundings:
     supervisor: int = field(default_factory=os.getpid)
 
 
+_OUTCOME_SIZE = struct.Struct("<I")
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one worker is told besides its record; plain values, so that it travels as JSON."""
+    """What one worker is told besides its record."""
 
     epoch: int
     slot: int  # -1: the startup worker, which has none
     generation: int
     memory: int  # descriptor of the domain's shared memory, -1: none
     last_outcome: dict[str, Any] | None = None  # fields of an Outcome
+
+    def message(self, record: bytes) -> bytes:
+        """A LAUNCH that tells a waiting process what it is to be; its memory travels beside it."""
+        last = b"" if self.last_outcome is None else json.dumps(self.last_outcome).encode()
+        body = _OUTCOME_SIZE.pack(len(last)) + last + record
+        return pack(Message.LAUNCH, self.slot & 0xFFFFFFFF, self.generation, body)
+
+    @classmethod
+    def from_message(cls, epoch: int, data: bytes, fds: Sequence[int]) -> tuple[Assignment, bytes]:
+        """The assignment and the record in a LAUNCH."""
+        _, slot, generation = HEAD.unpack_from(data)
+        start = HEAD.size + _OUTCOME_SIZE.size
+        end = start + _OUTCOME_SIZE.unpack_from(data, HEAD.size)[0]
+        last = json.loads(data[start:end]) if end > start else None
+        slot = -1 if slot == 0xFFFFFFFF else slot
+        return cls(epoch, slot, generation, fds[0] if fds else -1, last), data[end:]
 
 
 class Child:
@@ -202,6 +223,18 @@ class Child:
             return status.si_status, None
         return None, status.si_status
 
+    def hand_over(self, assignment: Assignment, record: bytes) -> None:
+        """Tell a process that waits for it what it is to be.  OSError: it is gone.
+
+        Its channel is empty and has room.  The memory of the domain goes along as a descriptor.
+        """
+        message = assignment.message(record)
+        if assignment.memory >= 0:
+            send_descriptors(self.channel, message, [assignment.memory])
+        else:
+            self.channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        self.started = time.monotonic_ns()
+
     def close(self) -> None:
         """Forget it; it is reaped.  What is left of its cgroup goes with it."""
         os.close(self.pidfd)
@@ -261,22 +294,15 @@ def fork(
 
 
 def spawn(
-    surroundings: Surroundings,
-    assignment: Assignment,
-    record: bytes,
-    function: str,
-    cgroup: WorkerCgroup | None = None,
+    surroundings: Surroundings, epoch: int, function: str, cgroup: WorkerCgroup | None = None
 ) -> Child:
-    """Start a fresh interpreter that runs pgbgw._child.<function>: PostgreSQL's EXEC_BACKEND.
+    """Start a fresh interpreter that calls pgbgw._child.<function>: PostgreSQL's EXEC_BACKEND.
 
-    It finds its assignment and its record on its channel.
+    It finds its surroundings on its channel, and then waits for its LAUNCH there.
     """
 
     def body(channel: socket.socket) -> NoReturn:
-        keep = [channel.fileno(), surroundings.workers_lock]
-        if assignment.memory >= 0:
-            keep.append(assignment.memory)
-        for fd in keep:
+        for fd in (channel.fileno(), surroundings.workers_lock):
             os.set_inheritable(fd, True)
         command = interpreter_command(
             "pgbgw._child", function, surroundings.path, str(channel.fileno())
@@ -284,21 +310,15 @@ def spawn(
         os.chdir(surroundings.directory)
         os.execve(command[0], command, surroundings.environ)
 
-    child = fork(surroundings, assignment.memory, body, cgroup)
-    told = {
-        "assignment": asdict(assignment),
-        # The environment went by exec; it may be larger than a message.
-        "surroundings": asdict(replace(surroundings, environ={})),
-    }
-    # An empty channel has room for both; a child that is dead already is found by its pidfd.
+    child = fork(surroundings, -1, body, cgroup)
+    # The environment went by exec; it may be larger than a message.
+    told = {"epoch": epoch, "surroundings": asdict(replace(surroundings, environ={}))}
     try:
-        launch = pack(Message.LAUNCH, body=json.dumps(told).encode())
-        child.channel.send(launch, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        launch = pack(Message.LAUNCH, body=record)
-        child.channel.send(launch, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-    except OSError as exc:
-        child.signal(signal.SIGKILL)
-        child.error = f"could not send the launch data: {exc}".encode()
+        message = pack(Message.LAUNCH, body=json.dumps(told).encode())
+        child.channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError:
+        child.abandon()
+        raise
     return child
 
 

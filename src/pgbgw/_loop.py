@@ -50,6 +50,7 @@ class Loop:
         self._poller = poller
         self._timers = timers
         self._table = table
+        self._launcher = table.launcher
         self._mode = ShutdownMode.NONE
         self._requesters: set[ClientProcess] = set()  # of a smart shutdown
         self._exit_status = 0
@@ -91,17 +92,18 @@ class Loop:
         """Serve until stopped; the exit status."""
         self._poller.woke = time.monotonic_ns()
         while not self._finished():
-            idle = (
-                not self._view.sweep_due
-                and not self._table.has_work(self.phase)
-                and self._view.prepare_sleep()
-            )
+            nothing_due = not self._view.sweep_due and not self._table.has_work(self.phase)
+            short = self._launcher.short
+            idle = nothing_due and not short and self._view.prepare_sleep()
             timeout = self._sleep_time() if idle else 0
             self._view.note_pass(time.monotonic_ns() - self._poller.woke)
-            self._poller.wait(timeout)
+            ready = self._poller.wait(timeout)
             self._view.awake()
             self._timers.run(time.monotonic_ns())
-            self._act(self._view.drain(time.time_ns()))
+            events = self._view.drain(time.time_ns())
+            self._act(events)
+            if short and nothing_due and not ready and not events:
+                self._launcher.refill()  # a spare is in nobody's way: nobody wanted anything
             if self._view.sweep_due:
                 self._act(self._view.sweep(time.time_ns()))
             self._table.launch_some(self.phase)
@@ -221,6 +223,7 @@ class Loop:
         self._table.stopping = self.domain.stopping = True
         self._view.accepting = False
         self._table.forget_unstarted()
+        self._launcher.dismiss()
         if mode == ShutdownMode.FAST:
             self._signal_children(signal.SIGTERM)
             for worker in self._table.running():

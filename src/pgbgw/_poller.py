@@ -34,6 +34,10 @@ class Poller:
         self._epoll.register(fd, EPOLLIN)
         self._callbacks[fd] = (readable, writable)
 
+    def set(self, fd: int, readable: Callback) -> None:
+        """Call back somebody else for what is watched already."""
+        self._callbacks[fd] = (readable, None)
+
     def want_write(self, fd: int, wanted: bool) -> None:
         self._epoll.modify(fd, EPOLLIN | EPOLLOUT if wanted else EPOLLIN)
 
@@ -41,8 +45,9 @@ class Poller:
         del self._callbacks[fd]
         self._epoll.unregister(fd)
 
-    def wait(self, timeout_ns: int | None) -> None:
-        """Wait for at most timeout_ns (None: for ever), then call back for what is ready."""
+    def wait(self, timeout_ns: int | None) -> int:
+        """Wait for at most timeout_ns (None: for ever), then call back for what is ready; how many
+        were."""
         timeout = None
         if timeout_ns is not None:
             # Rounded up: a timer must not be met by a pass just before its time.  At most a day:
@@ -61,6 +66,7 @@ class Poller:
                 writable()
             if events & ~EPOLLOUT and self._callbacks.get(fd) is callbacks:
                 readable()
+        return len(ready)
 
     def fileno(self) -> int:
         return self._epoll.fileno()

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import socket
 import stat
 import struct
@@ -132,7 +131,7 @@ def resolve(address: str | os.PathLike[str] | None) -> Address:
 
 def private() -> Address:
     """Return a fresh address in the runtime directory, for a supervisor that one process owns."""
-    return Address(runtime_directory(), f"{_PRIVATE}{os.getpid()}-{secrets.token_hex(8)}")
+    return Address(runtime_directory(), f"{_PRIVATE}{os.getpid()}-{os.urandom(8).hex()}")
 
 
 def _name_problem(name: str) -> str | None:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import resource
-import secrets
 import select
 import signal
 import socket
@@ -28,6 +27,7 @@ from pgbgw._cgroup import SupervisorCgroup
 from pgbgw._connections import Connections
 from pgbgw._domain import CrashDomain
 from pgbgw._launch import BLOCKED_SIGNALS, Surroundings, fill_standard_descriptors
+from pgbgw._launcher import Launcher
 from pgbgw._loop import Loop
 from pgbgw._poller import Poller, Timers
 from pgbgw._workers import WorkerTable
@@ -58,6 +58,7 @@ class Settings:
     preload: list[str]
     startup: str | None
     start_method: str
+    spares: int
     allow: list[str] | None
     shared_memory: int
     restart_after_crash: bool
@@ -323,7 +324,7 @@ def _build(
         stack.callback(os.close, outbox)
         inbox = _kernel.memfd(b"pgbgw-inbox", sizes[1])
         stack.callback(os.close, inbox)
-        epoch = secrets.randbits(64) or 1
+        epoch = int.from_bytes(os.urandom(8), "little") or 1
         view = _slots.SupervisorView(outbox, inbox, nslots, ntokens, epoch)
         fixed = _kernel.F_SEAL_SHRINK | _kernel.F_SEAL_GROW | _kernel.F_SEAL_SEAL
         _kernel.add_seals(outbox, fixed | _kernel.F_SEAL_FUTURE_WRITE)
@@ -338,8 +339,9 @@ def _build(
     poller = Poller()
     stack.callback(poller.close)
     timers = Timers()
-    table = WorkerTable(view, poller, timers, surroundings, settings.start_method, settings.allow)
-    table.cgroup = cgroup
+    launcher = Launcher(poller, timers, surroundings, epoch, settings.start_method, settings.spares)
+    launcher.cgroup = cgroup
+    table = WorkerTable(view, timers, launcher, settings.allow)
     loop = Loop(view, poller, timers, table)
     own_pidfd = os.pidfd_open(os.getpid())
     stack.callback(os.close, own_pidfd)

@@ -55,7 +55,7 @@ class Message(IntEnum):
     OVERFLOW = 37  # messages were dropped: look at everything
     CAPACITY = 38  # not subscribed: too many are
     # supervisor -> worker
-    LAUNCH = 48  # body: JSON; then the record in a message of its own (spawn)
+    LAUNCH = 48  # what a process that was started ahead is to be: see _launch.hand_over()
     AWAKE = 49
 
 

@@ -17,12 +17,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from pgbgw import _launch, _policy
-from pgbgw._cgroup import SupervisorCgroup
-from pgbgw._child import run_forked
 from pgbgw._connections import Connections
-from pgbgw._launch import Assignment, Child, Surroundings
+from pgbgw._launch import Assignment, Child
+from pgbgw._launcher import Launcher
 from pgbgw._log import RateLimit, describe
-from pgbgw._poller import Callback, Poller, Timer, Timers
+from pgbgw._poller import Timer, Timers
 from pgbgw._slots import SupervisorView
 from pgbgw._wire import Message, entry_allowed, pack
 from pgbgw.worker import OUTCOME_KINDS, Flags, Phase, StartTime
@@ -159,22 +158,17 @@ class WorkerTable:
 
     connections: Connections
     domain: Domain
-    cgroup: SupervisorCgroup | None = None  # where processes are launched into
 
     def __init__(
         self,
         view: SupervisorView,
-        poller: Poller,
         timers: Timers,
-        surroundings: Surroundings,
-        start_method: str,
+        launcher: Launcher,
         allow: Iterable[str] | None,
     ) -> None:
+        self.launcher = launcher
         self._view = view
-        self._poller = poller
         self._timers = timers
-        self._surroundings = surroundings
-        self._start_method = start_method
         self._allow = None if allow is None else tuple(allow)
         self._workers: dict[int, RegisteredWorker] = {}  # by slot
         self._by_pid: dict[int, RegisteredWorker] = {}  # those that run
@@ -339,7 +333,7 @@ class WorkerTable:
         )
         logger.debug("starting %s", worker)
         try:
-            child = self.launch(
+            child = self.launcher.launch(
                 assignment,
                 self._view.record(worker.slot),
                 lambda: self._exited(worker),
@@ -357,54 +351,6 @@ class WorkerTable:
         self._view.set_running(worker.slot, child.pid, time.time_ns())
         self.connections.notify(worker.slot, worker.generation)
 
-    def launch(
-        self, assignment: Assignment, record: bytes, exited: Callback, heard: Callback
-    ) -> Child:
-        """A process with that record, by the start method, watched.  OSError: there is none."""
-        surroundings = self._surroundings
-        cgroup = None if self.cgroup is None else self.cgroup.new(assignment.slot)
-        try:
-            if self._start_method == "spawn":
-                entry = "background_worker_entry"
-                child = _launch.spawn(surroundings, assignment, record, entry, cgroup)
-            else:
-                child = _launch.fork(
-                    surroundings,
-                    assignment.memory,
-                    lambda channel: run_forked(surroundings, assignment, record, channel),
-                    cgroup,
-                )
-        except OSError:
-            if cgroup is not None:
-                cgroup.remove()
-            raise
-        try:
-            self._poller.add(child.pidfd, exited)
-            try:
-                self._poller.add(child.channel.fileno(), heard)
-            except OSError:
-                self._poller.remove(child.pidfd)
-                raise
-        except OSError:  # the kernel's limit of watches: as if the fork had failed
-            child.abandon()
-            raise
-        return child
-
-    def unwatch(self, child: Child) -> None:
-        """Stop watching and close; the child is reaped."""
-        self._poller.remove(child.pidfd)
-        if not child.hung_up:
-            self._poller.remove(child.channel.fileno())
-        child.close()
-
-    def read(self, child: Child, limit: int) -> list[tuple[int, bytes]]:
-        """Its messages; a channel that has nothing more to say is no longer watched."""
-        before = child.hung_up
-        messages = child.messages(limit)
-        if child.hung_up and not before:
-            self._poller.remove(child.channel.fileno())
-        return messages
-
     def _launch_failed(self, worker: RegisteredWorker, exc: OSError) -> None:
         """No process could be had.  That is no crash, and nobody else waits for it."""
         if self._launch_noise.allow(time.monotonic()):
@@ -421,7 +367,7 @@ class WorkerTable:
         child = worker.child
         if child is None:
             return
-        for type, body in self.read(child, 64):
+        for type, body in self.launcher.read(child, 64):
             if type == Message.READY:
                 self._view.set_ready(worker.slot)
                 self.connections.notify(worker.slot, worker.generation)
@@ -466,7 +412,7 @@ class WorkerTable:
         child = worker.child
         if child is None:
             return
-        self.read(child, LAST_WORDS)
+        self.launcher.read(child, LAST_WORDS)
         status = child.reap(self.signal_for_leftovers(worker))
         if status is None:
             return
@@ -475,7 +421,7 @@ class WorkerTable:
         worker.child = None
         worker.set_timer(None)
         del self._by_pid[child.pid]
-        self.unwatch(child)
+        self.launcher.unwatch(child)
         log_exit(who, exitcode, signum)
 
         verdict = _policy.judge_exit(

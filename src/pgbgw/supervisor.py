@@ -64,7 +64,7 @@ class Supervisor:
     start_method
         "fork", or "spawn" for a fresh interpreter per worker
     spares
-        how many warm workers to keep ready; this version keeps none, and says so in its log
+        how many processes to start ahead, each for one worker: a launch is then one message
     allow
         patterns of the entry points that clients may ask for ("mylib.*"); None: any
     shared_memory
@@ -120,14 +120,13 @@ class Supervisor:
             preload=_strings("preload", preload),
             startup=startup,
             start_method=start_method,
+            spares=spares,
             allow=None if allow is None else _strings("allow", allow),
             shared_memory=shared_memory,
             restart_after_crash=bool(restart_after_crash),
             post_auth_delay=float(post_auth_delay),
             cgroup=None if cgroup is None else os.path.abspath(cgroup),
         )
-        if spares:
-            self._settings.notices.append("no spares are kept: every worker is started afresh")
         self._parallel = 0
         self._started = False
         self._client: Client | None = None

@@ -577,7 +577,7 @@ def test_B18_a_process_that_cannot_be_watched_is_a_failed_launch(faults: Faults)
 def test_B18_without_descriptors_a_launch_fails_and_the_supervisor_goes_on(
     start_method: str,
 ) -> None:
-    with supervisor(start_method=start_method) as client:
+    with supervisor(spares=0, start_method=start_method) as client:
         running = client.register(SLEEP)
         running.wait_for_ready(30)
         limits = resource.prlimit(client.supervisor_pid, resource.RLIMIT_NOFILE)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "pgbgw"
 
 CLIENT_SIDE = ["latch", "_attachment", "_channels", "handle", "client", "watch"]
 WORKER_SIDE = ["_launch", "_database", "_child"]
-SUPERVISOR_SIDE = ["_poller", "_connections", "_workers", "_domain", "_loop", "_serve"]
+SUPERVISOR_SIDE = ["_poller", "_connections", "_launcher", "_workers", "_domain", "_loop", "_serve"]
 ORDER = [
     *["errors", "worker", "_policy", "_slots", "_kernel", "_runtime", "_wire", "_log", "_cgroup"],
     *CLIENT_SIDE,

@@ -398,7 +398,7 @@ def test_who_does_not_answer_the_challenge_is_refused_and_gets_nothing() -> None
 
 
 def test_who_connects_and_talks_nonsense_or_nothing_bothers_nobody(log: Log) -> None:
-    with supervisor() as client:
+    with supervisor(spares=0) as client:
         supervisors = psutil.Process(client.supervisor_pid)
         before = supervisors.num_fds()
         with raw_connection(client), raw_connection(client) as talkative:

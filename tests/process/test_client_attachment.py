@@ -140,7 +140,7 @@ def test_attaching_and_closing_at_once_never_gives_a_dead_client() -> None:
                 result.result(60)
         test.send(True)
     """
-    with supervisor(startup=NEVER_RUNNING, max_worker_processes=16) as client:
+    with supervisor(startup=NEVER_RUNNING, max_worker_processes=16, spares=0) as client:
         before = descriptors(client)
         assert run_script(code, address=client.address)
         poll_until(lambda: descriptors(client) == before)
@@ -158,7 +158,7 @@ def test_who_comes_and_goes_leaves_nothing_in_the_supervisor() -> None:
         client.watch(client.register("support.workers:noop"))
         test.recv()
     """
-    with supervisor() as client:
+    with supervisor(spares=0) as client:
         before = descriptors(client)
         with Script(code, address=client.address) as script:
             assert script.hear()

@@ -297,7 +297,7 @@ def test_a_process_that_attaches_and_hangs_up_for_ever_takes_no_more_than_its_sh
 
 
 def test_a_worker_that_asks_for_clients_for_ever_takes_no_more_than_its_share() -> None:
-    with supervisor() as client:
+    with supervisor(spares=0) as client:
         before = Books(client).descriptors
         worker = client.register(edge_workers.ask_for_clients, 300, flags=Flags.SHMEM_ACCESS)
         assert worker.wait_until_gone(60).exitcode == 0

@@ -351,7 +351,7 @@ def test_in_a_cgroup_even_those_who_run_from_process_to_process_are_caught(
 
 
 def test_many_workers_leave_no_group_behind(cgroup: Path) -> None:
-    with supervisor(cgroup=cgroup, max_worker_processes=16) as client:
+    with supervisor(cgroup=cgroup, max_worker_processes=16, spares=0) as client:
         for _ in range(5):
             handles = client.register_many([BackgroundWorker(entry=NOOP) for _ in range(16)])
             assert client.wait(handles, 30, "ALL_GONE")[1] == set()

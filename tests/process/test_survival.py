@@ -91,7 +91,7 @@ def test_clients_killed_at_any_moment_leave_nothing_behind() -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with supervisor(max_worker_processes=32, max_parallel_workers=8) as client:
+    with supervisor(max_worker_processes=32, max_parallel_workers=8, spares=0) as client:
         books = Books(client)
         assert_works(client)
         descriptors = books.descriptors
@@ -128,7 +128,7 @@ def test_clients_killed_while_they_attach_leave_nothing_behind() -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with supervisor() as client:
+    with supervisor(spares=0) as client:
         books = Books(client)
         descriptors = books.descriptors
         for _ in range(60):
@@ -386,7 +386,7 @@ def test_who_is_not_whom_he_says_is_turned_away(wrong: str) -> None:
 
 
 def test_a_descriptor_that_a_client_sends_along_does_not_arrive() -> None:
-    with supervisor() as client, raw_connection(client) as sock:
+    with supervisor(spares=0) as client, raw_connection(client) as sock:
         books = Books(client)
         assert hello(sock) == Message.WELCOME
         descriptors = books.descriptors
@@ -465,7 +465,7 @@ def test_a_client_that_never_reads_loses_its_messages_and_nothing_else() -> None
 
 
 def test_thousands_of_subscriptions_are_kept_and_given_up() -> None:
-    with supervisor(max_worker_processes=4096) as client:
+    with supervisor(max_worker_processes=4096, spares=0) as client:
         books = Books(client)
         descriptors = books.descriptors
         with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,13 @@ from pgbgw import Client, Supervisor
 
 @contextmanager
 def supervisor(**settings: object) -> Iterator[Client]:
-    """A private supervisor that is stopped fast, or at once if the test fails."""
+    """A private supervisor that is stopped fast, or at once if the test fails.
+
+    PGBGW_TEST_SPARES: how many spares it keeps, unless the test says, or preloads what disturbs
+    launches.
+    """
+    spares = "0" if "preload" in settings else os.environ.get("PGBGW_TEST_SPARES", "0")
+    settings.setdefault("spares", int(spares))
     client = Supervisor(**settings).start()  # type: ignore[arg-type]
     try:
         yield client
