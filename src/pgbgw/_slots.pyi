@@ -2,12 +2,13 @@ from typing import Any, TypeVar, final
 
 from typing_extensions import disjoint_base
 
-from pgbgw.worker import HandleStatus
+from pgbgw.worker import BackgroundWorker, HandleStatus
 
 NO_SLOT: int
 LIMIT: int
 NO_MEMORY: int
 AGAIN: int
+DIED: int
 
 EVENT_ACCEPTED: int
 EVENT_TERMINATED: int
@@ -55,6 +56,9 @@ class ClientView:
     def close(self) -> None: ...
     def supervisor_gone(self) -> bool: ...
     def note_death(self) -> None: ...
+    def register_many(
+        self, workers: list[BackgroundWorker], handle: type[_Handle]
+    ) -> list[_Handle]: ...
     def register(self, image: bytes, parallel: bool, handle: type[_Handle]) -> _Handle | int: ...
     def handle(self, slot: int, generation: int, handle: type[_Handle]) -> _Handle: ...
     def status(self, slot: int) -> tuple[int, int, bool, int]: ...

@@ -146,6 +146,7 @@ NO_SLOT = -<int>REG_NO_SLOT
 LIMIT = -<int>REG_LIMIT
 NO_MEMORY = -<int>REG_NO_MEMORY
 AGAIN = -<int>REG_AGAIN
+DIED = AGAIN - 1
 
 EVENT_ACCEPTED = <int>ACCEPTED
 EVENT_TERMINATED = <int>TERMINATED
@@ -279,17 +280,34 @@ cdef class ClientView:
         store_relaxed(&self._open().dead, 1)
 
     def register(self, bytes image not None, bint parallel, type handle not None):
-        """Publish a record image; a new handle, or NO_SLOT, LIMIT, NO_MEMORY or AGAIN.
+        """Publish a record image; a new handle, or NO_SLOT, LIMIT, NO_MEMORY, AGAIN or DIED.
 
         RegisterDynamicBackgroundWorker.  Wakes the supervisor if it sleeps.  The handle is
         allocated first: a failure leaves nothing registered.
         """
+        return self._register(image, parallel, handle)
+
+    def register_many(self, list workers not None, type handle not None):
+        """Publish the records of BackgroundWorkers up to the first that finds no place; handles."""
+        cdef list handles = []
+
+        for worker in workers:
+            result = self._register(worker._record, worker._parallel, handle)
+            if not isinstance(result, SlotHandle):
+                break
+            handles.append(result)
+        return handles
+
+    cdef object _register(self, bytes image, bint parallel, type handle):
         cdef client_t *c = self._open()
-        cdef SlotHandle h = handle.__new__(handle)
+        cdef SlotHandle h
         cdef int result
 
-        if PyBytes_GET_SIZE(image) < <Py_ssize_t>RECORD_PAYLOAD:
+        if client_supervisor_gone(c):
+            return DIED
+        if image is None or PyBytes_GET_SIZE(image) < <Py_ssize_t>RECORD_PAYLOAD:
             raise ValueError("not a record image")
+        h = handle.__new__(handle)
         result = client_register(c, PyBytes_AS_STRING(image), parallel, &h.slot, &h.generation)
         if result != REG_OK:
             return -result

@@ -44,6 +44,7 @@ typedef struct {
     uint64_t  swept;                    /* words the sweep has looked at, ever */
     uint64_t  sweep_until;              /* where the round that was asked for last ends */
     uint64_t  repairs;
+    bool      has_memory, asked_memory; /* see supervisor_has_memory() */
     bool      accepting;                /* false: what is not known yet is cancelled */
 } supervisor_t;
 
@@ -411,15 +412,20 @@ supervisor_refuse(supervisor_t *s, uint32_t x, bool page, uint32_t kind, const c
 
 /* Is there memory for one more registration?  Its private copy is the smallest part: lists, sets
  * and dictionaries on the Python side grow with it, and no memory there would be our end.  So none
- * is accepted without room to spare for all else that the supervisor does (I06). */
+ * is accepted without room to spare for all else that the supervisor does (I06).  Asked once a
+ * drain, whose registrations are a small part of that room. */
 static inline bool
-supervisor_has_memory(const supervisor_t *s)
+supervisor_has_memory(supervisor_t *s)
 {
-    void *reserve = malloc(HEADROOM + (size_t) s->m.g.nslots * HEADROOM_PER_SLOT);
+    if (!s->asked_memory) {
+        void *reserve = malloc(HEADROOM + (size_t) s->m.g.nslots * HEADROOM_PER_SLOT);
 
-    __asm__ volatile("" : "+r"(reserve));       /* a compiler may drop a malloc that is not used */
-    free(reserve);
-    return reserve != NULL;
+        __asm__ volatile("" : "+r"(reserve));   /* a compiler may drop a malloc that is not used */
+        s->has_memory = reserve != NULL;
+        s->asked_memory = true;
+        free(reserve);
+    }
+    return s->has_memory;
 }
 
 /* S2 and S3: take a published registration over, or refuse it. */
@@ -517,6 +523,7 @@ supervisor_drain(supervisor_t *s, uint32_t max, int64_t now, event_t *events)
     const geometry_t *g = &s->m.g;
     uint32_t n = 0, looks = 0;
 
+    s->asked_memory = false;
     for (uint32_t i = 0; i < g->nwords; i++) {
         uint64_t bits;
 
@@ -682,6 +689,7 @@ supervisor_sweep(supervisor_t *s, uint32_t max, int64_t now, event_t *events)
 {
     uint32_t n = 0;
 
+    s->asked_memory = false;
     for (uint32_t i = 0; i < max && i < s->m.g.nslots && n < SLICE_EVENTS; i++) {
         supervisor_look(s, (uint32_t) (s->swept % s->m.g.nslots), now, &events[n]);
         s->swept++;

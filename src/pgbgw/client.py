@@ -25,6 +25,7 @@ from pgbgw._wire import Message, entry_allowed, pack
 from pgbgw.errors import (
     AttachError,
     EntryNotAllowedError,
+    InvalidWorkerError,
     NoFreeSlotError,
     ParallelLimitError,
     SupervisorDiedError,
@@ -207,7 +208,18 @@ class Client:
         keyword.  Raises NoFreeSlotError, ParallelLimitError, InvalidWorkerError,
         EntryNotAllowedError, SupervisorDiedError: then nothing is registered.
         """
-        return self._register(self._definition(worker_or_entry, args, keywords))
+        worker = worker_or_entry
+        if type(worker) is not BackgroundWorker or args or keywords:
+            worker = self._definition(worker_or_entry, args, keywords)
+        if self._allow is None:  # the short way: nothing is made but the handle
+            try:
+                result = self._view.register(worker._record, worker._parallel, WorkerHandle)
+            except InvalidWorkerError:
+                self._check_alive()
+                raise
+            if type(result) is WorkerHandle:
+                return result
+        return self._register(worker)
 
     def try_register(
         self,
@@ -228,15 +240,17 @@ class Client:
         All are checked before the first is registered.  NoFreeSlotError and ParallelLimitError
         carry `.handles`: those made so far, which run.
         """
-        handles: list[WorkerHandle] = []
         workers = list(workers)
+        self._check_alive()
         for worker in workers:
             if not isinstance(worker, BackgroundWorker):
                 raise TypeError(f"register_many() takes BackgroundWorkers, not {worker!r}")
-            self._check(worker)
+            _ = worker._record if self._allow is None else self._check(worker)
+        handles = self._view.register_many(workers, WorkerHandle)
         try:
-            for worker in workers:
-                handles.append(self._register(worker))  # noqa: PERF401
+            while len(handles) < len(workers):  # one found no place
+                handles.append(self._register(workers[len(handles)]))
+                handles += self._view.register_many(workers[len(handles) :], WorkerHandle)
         except (NoFreeSlotError, ParallelLimitError) as exc:
             exc.handles = list(handles)
             raise
@@ -294,6 +308,8 @@ class Client:
                     return result
                 if result != _slots.AGAIN:
                     break
+        if result == _slots.DIED:
+            self._check_alive()  # raises
         if result == _slots.LIMIT:
             raise ParallelLimitError(
                 f'background worker "{worker.name}": no parallel worker can be registered now',
