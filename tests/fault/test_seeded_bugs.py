@@ -18,7 +18,7 @@ from fix_trials import Trial
 from support.builds import ROOT
 from support.package_bugs import PACKAGE_BUGS
 
-pytestmark = [pytest.mark.xdist_group("live"), pytest.mark.at_least("fault")]
+pytestmark = [pytest.mark.xdist_group("core"), pytest.mark.at_least("fault")]
 
 HANG = 200.0  # seconds
 

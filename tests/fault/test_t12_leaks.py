@@ -14,23 +14,27 @@ from support.books import Books
 from support.slot_tables import FREE
 from support.supervisors import supervisor
 
-pytestmark = pytest.mark.xdist_group("core")
+pytestmark = pytest.mark.xdist_group("live")
 
 NOOP = "support.workers:noop"
 SLEEP = "support.workers:sleep_until_stopped"
 
 
 def live(client: Client, cycles: int) -> None:
-    """Register and stop, in the ways there are, four at a time."""
-    for n in range(0, cycles, 4):
-        started = client.register(SLEEP, flags=Flags.CLASS_PARALLEL)
-        cancelled = client.register(SLEEP)
-        cancelled.terminate()
-        member = client.register(NOOP, flags=Flags.SHMEM_ACCESS)
-        large = client.register(NOOP, "x" * 800, name=f"worker {n}")
-        started.wait_for_startup(30)
-        started.terminate()
-        for worker in (started, cancelled, member, large):
+    """Register and stop, in the ways there are, twelve at a time."""
+    for n in range(0, cycles, 12):
+        workers = []
+        for i in range(3):
+            started = client.register(SLEEP, flags=Flags.CLASS_PARALLEL if i else Flags.NONE)
+            cancelled = client.register(SLEEP)
+            cancelled.terminate()
+            member = client.register(NOOP, flags=Flags.SHMEM_ACCESS)
+            large = client.register(NOOP, "x" * 800, name=f"worker {n}")
+            workers += [started, cancelled, member, large]
+        for started in workers[::4]:
+            started.wait_for_startup(30)
+            started.terminate()
+        for worker in workers:
             assert worker.wait_until_gone(30).final
 
 
@@ -60,7 +64,7 @@ def test_T12_worker_cycles_and_passing_clients_leave_nothing_behind(trial: Trial
     clients = trial.pick(50, 2000, 20_000)
     with supervisor(max_worker_processes=16, max_parallel_workers=2) as client:
         books = Books(client)
-        live(client, cycles // 4)  # caches fill, arenas are taken
+        live(client, cycles // 20)  # caches fill, arenas are taken
         come_and_go(client.address, 10)
         come_and_die(client.address, 10)
         poll_until(lambda: books.states == {FREE})

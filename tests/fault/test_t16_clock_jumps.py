@@ -24,7 +24,7 @@ from support.builds import build_library
 from support.processes import Script
 from support.supervisors import lines
 
-pytestmark = pytest.mark.xdist_group("live")
+pytestmark = pytest.mark.xdist_group("core")
 
 TEN_YEARS = 10 * 365 * 86400
 GUARD = 10.0  # seconds: what is late by that much waits for a clock that went away

@@ -18,7 +18,7 @@ import pytest
 
 from fix_trials import Trial
 
-pytestmark = pytest.mark.xdist_group("live")
+pytestmark = pytest.mark.xdist_group("core")
 
 PID_MAX = Path("/proc/sys/kernel/pid_max")
 
