@@ -36,4 +36,5 @@ def test_T04_no_image_of_the_inbox_breaks_the_supervisor(trial: Trial, variant: 
 @pytest.mark.parametrize("bug", bugs_for("images"))
 def test_T04_random_images_find_the_seeded_bug(trial: Trial, bug: str) -> None:
     made = build("images", "address", bug, BUGS[bug].found_by["images"] or None)
-    must_find(trial, run(made, trial.seed, 60_000, timeout=50))
+    # It stops at the first that it finds; some are rare.
+    must_find(trial, run(made, trial.seed, 600_000, timeout=300))
